@@ -1,0 +1,22 @@
+"""Names to modules: each package lists its modules in NAMES; only those are ever imported."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+PACKAGES = ("grids", "solvers", "transforms", "formats", "archs")
+
+
+def names(package: str) -> tuple[str, ...]:
+    """The modules that `package` lists, as users spell them (with dashes)."""
+    listed: tuple[str, ...] = import_module(f"bitwright.{package}").NAMES
+    return tuple(name.replace("_", "-") for name in listed)
+
+
+def get(package: str, name: str) -> ModuleType:
+    """The module `name` of `package`; an unknown name raises ValueError with the list of known ones."""
+    if name not in names(package):
+        known = ", ".join(names(package))
+        raise ValueError(f"[registry] no {package.rstrip('s')} named {name!r}; known: {known}")
+    return import_module(f"bitwright.{package}.{name.replace('-', '_')}")

@@ -1,0 +1,275 @@
+"""The nouns of bitwright, all on one page.
+
+Symbols, the same in every file: `W` is a weight matrix (n, k) = (out, in), row-major, as a checkpoint
+stores it; `g` columns of a row share one scale `s` and zero point `z`; `codes` are unsigned integers;
+the canonical value of a code c is
+
+    w = (grid[c] - z) * s        in float32: one subtraction, one multiplication.
+
+`X` is (tokens, k), `H = X^T X / tokens`, `E = W - Q`. The layer objective is tr(E H E^T), the mean
+squared output error summed over the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+U8 = npt.NDArray[np.uint8]
+U32 = npt.NDArray[np.uint32]
+
+ScaleGrid = Literal["bf16", "fp16", "fp32"]
+
+
+class BitwrightError(Exception):
+    """Base of every error that bitwright raises on purpose; its text is one sentence for the user."""
+
+
+class InputError(BitwrightError, ValueError):
+    """The input cannot be used: says what was wanted, what came and where."""
+
+
+class RefusedError(BitwrightError, ValueError):
+    """A format or method cannot hold or do what was asked, and says what would work."""
+
+
+class NumericalError(BitwrightError, ArithmeticError):
+    """A computation broke down; the text lists what was tried."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A number format as data.
+
+    name: as in scheme names ("int4"). bits: storage bits of a code. values: value of each code,
+    ascending, at most 256. Uniform grids have values[c] == c, so that C++ takes the arithmetic path.
+    """
+
+    name: str
+    bits: int
+    values: tuple[float, ...]
+
+    @property
+    def uniform(self) -> bool:
+        return self.values == tuple(float(c) for c in range(len(self.values)))
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one matrix is stored: a grid, who shares a scale, and the grid the scales live on.
+
+    group: columns that share a scale; 0 = the whole row (channel), -1 = the whole matrix (tensor). A
+    last short group is part of the definition: G = ceil(k / group).
+    symmetric: the zero point is 2^(bits-1) and not stored.
+    scale: grid of the scales. "bf16" = bf16 values inside fp16's normal range, hence exact in fp16,
+    bf16 and fp32 files; "fp16" and "fp32" bind the result to formats that hold them.
+    zero_min: smallest zero point allowed (1 makes zero points portable to formats that store z - 1).
+    """
+
+    grid: Grid
+    group: int
+    symmetric: bool = True
+    scale: ScaleGrid = "bf16"
+    zero_min: int = 0
+
+    @property
+    def bits(self) -> int:
+        return self.grid.bits
+
+    @property
+    def name(self) -> str:
+        where = {0: "channel", -1: "tensor"}.get(self.group, f"g{self.group}")
+        return f"{self.grid.name}-{where}{'' if self.symmetric else '-asym'}"
+
+    def columns(self, k: int) -> int:
+        """Columns per group in a row of k: the whole row for channel and tensor schemes."""
+        return k if self.group <= 0 else min(self.group, k)
+
+    def groups(self, k: int) -> int:
+        """Groups in a row of k columns."""
+        return -(-k // self.columns(k))
+
+    def bits_per_weight(self, n: int, k: int) -> float:
+        """Stored bits per weight of an (n, k) matrix: codes, 16-bit scales (32 for fp32), zeros."""
+        cells = 1 if self.group == -1 else n * self.groups(k)
+        side = (32 if self.scale == "fp32" else 16) + (0 if self.symmetric else self.bits)
+        return self.bits + cells * side / (n * k)
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """Codes, scales and zero points of one (n, k) matrix.
+
+    codes: uint8 (n, k). scales: float32 (n, G). zeros: uint8 (n, G); constant where symmetric.
+    Tensor schemes have G = 1 and equal rows.
+    """
+
+    codes: U8
+    scales: F32
+    zeros: U8
+    scheme: Scheme
+
+    def __post_init__(self) -> None:
+        n, k = self.codes.shape
+        want = (n, self.scheme.groups(k))
+        if self.scales.shape != want or self.zeros.shape != want:
+            raise InputError(
+                f"[QTensor] scales and zeros must be {want} for codes {(n, k)} in {self.scheme.name}, "
+                f"got {self.scales.shape} and {self.zeros.shape}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n, k = self.codes.shape
+        return n, k
+
+    def dequantize(self) -> F32:
+        """The value of the matrix, float32 (n, k): the definition that every format must reproduce."""
+        k = self.codes.shape[1]
+        g = self.scheme.columns(k)
+        column_group = np.arange(k) // g
+        levels = np.asarray(self.scheme.grid.values, np.float32)[self.codes]
+        value: F32 = (levels - self.zeros.astype(np.float32)[:, column_group]) * self.scales[
+            :, column_group
+        ]
+        return value
+
+
+@dataclass(frozen=True, eq=False)
+class Stats:
+    """What calibration learned about the input of a group of linears. k = input columns.
+
+    H: float64 (k, k) = X^T X / tokens, or None where only the column statistics were asked for.
+    mean_abs, abs_max, minimum, maximum: float32 (k,).
+    """
+
+    tokens: int
+    H: F64 | None
+    mean_abs: F32
+    abs_max: F32
+    minimum: F32
+    maximum: F32
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One weight of a block. name: path inside the block. roles: what its rows are, top to bottom
+    (several for fused projections). transposed: stored as (in, out), GPT-2's Conv1D."""
+
+    name: str
+    roles: tuple[str, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears of a block that share one input, solved together.
+
+    norm: the norm whose output they read and whose gain can absorb column scales (None: no such norm).
+    inside_attention: solved after q and k, while the batch is parked in the attention function.
+    """
+
+    linears: tuple[Linear, ...]
+    norm: str | None = None
+    inside_attention: bool = False
+
+    @property
+    def label(self) -> str:
+        return ",".join(linear.name.rsplit(".", 1)[-1] for linear in self.linears)
+
+
+@dataclass(frozen=True)
+class Arch:
+    """An architecture as data.
+
+    blocks: path of the block list. groups: in the order they run. norm: how a norm applies its gain:
+    "rms" (w * x), "rms1" ((1 + w) * x), "layer" (w * x + b). embeddings, head: weights kept in float.
+    declared: False for groups that were discovered by running a batch.
+    """
+
+    name: str
+    blocks: str
+    groups: tuple[Group, ...]
+    norm: Literal["rms", "rms1", "layer"] = "rms"
+    embeddings: tuple[str, ...] = ("model.embed_tokens",)
+    head: str = "lm_head"
+    declared: bool = True
+
+
+@dataclass(frozen=True)
+class Target:
+    """One matrix of a checkpoint and what is to become of it; scheme None keeps it in float.
+
+    name: module path without ".weight". shape: (n, k) = (out, in), also where it is stored transposed.
+    """
+
+    name: str
+    linear: Linear
+    shape: tuple[int, int]
+    scheme: Scheme | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What really happened to one linear.
+
+    method: what was applied; fallback: why it is not what was asked for ("" if it is).
+    damping: relative to the mean of H's diagonal; rung: steps climbed on the damping ladder.
+    error_rtn, error: tr(E H E^T) / tr(W H W^T) of plain rounding and of the result (without
+    calibration: H = I). awq: exponent of the column scales, None where they were not searched.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: str
+    method: str
+    bits_per_weight: float
+    error_rtn: float
+    error: float
+    tokens: int = 0
+    damping: float = 0.0
+    rung: int = 0
+    dead: int = 0
+    fallback: str = ""
+    awq: float | None = None
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Override:
+    """For linears whose full name matches `pattern` (a shell pattern, or "re:" and a regular
+    expression that must match the whole name): another scheme, or skip."""
+
+    pattern: str
+    scheme: str | None = None
+    skip: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The whole wish. Text fields are checked against the registries by `recipe.check`.
+
+    scheme: "int4-g64", ...; method: "rtn" | "gptq" | "awq" | "awq+gptq"; overrides: first match wins;
+    options: keywords for the solver (damping, ...); samples, length: calibration windows and tokens
+    in each; seed: order of samples drawn from a list or a data set.
+    """
+
+    scheme: str = "int4-g64"
+    method: str = "gptq"
+    format: str = "compressed-tensors"
+    overrides: tuple[Override, ...] = ()
+    options: Mapping[str, float | int | str | bool] = field(default_factory=dict)
+    samples: int = 128
+    length: int = 512
+    seed: int = 0
+    chat: bool = False
