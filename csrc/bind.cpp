@@ -1,0 +1,62 @@
+// The only file that knows Python: one line per op. Inputs are taken as they are (noconvert: ops.py
+// prepares them in plain sight), outputs are the caller's arrays, the GIL is released.
+#include <pybind11/eigen.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "core/parallel.h"
+#include "kernels/dispatch.h"
+#include "ops.h"
+
+namespace py = pybind11;
+using namespace bitwright;
+using py::arg;
+
+namespace {
+
+using Free = py::call_guard<py::gil_scoped_release>;
+
+py::arg as_is(const char* name) { return py::arg(name).noconvert(); }
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() =
+      "The C++ ops of bitwright; csrc/ops.h is their reference, bitwright.ops their only user.";
+
+  py::class_<FitSettings>(m, "FitSettings")
+      .def(py::init<int, Index, bool, int, std::string, double, bool>(), arg("bits"), arg("group"),
+           arg("symmetric"), arg("zero_min"), arg("scale_grid"), arg("power"), arg("search"));
+
+  m.def("isa", [] { return std::string(table().isa); });
+  m.def("levels", &levels);
+  m.def("threads", [] { return thread_count().load(); });
+  m.def("set_threads", [](int n) { thread_count().store(n); }, arg("n"));
+
+  m.def("pack", &pack, as_is("codes"), arg("bits"), as_is("words"), Free());
+  m.def("unpack", &unpack, as_is("words"), arg("bits"), as_is("codes"), Free());
+  m.def("fit", &fit, as_is("w"), as_is("weight"), arg("settings"), as_is("factors"),
+        as_is("scales"), as_is("zeros"), Free());
+  m.def("encode", &encode, as_is("w"), as_is("scales"), as_is("zeros"), arg("group"), arg("bits"),
+        as_is("codes"), Free());
+  m.def("decode", &decode, as_is("codes"), as_is("scales"), as_is("zeros"), arg("group"),
+        as_is("w"), Free());
+  m.def("gram_f32", &gram_f32, as_is("x"), as_is("h"), Free());
+  m.def("gram_u16", &gram_u16, as_is("x"), arg("bf16"), as_is("h"), Free());
+  m.def("mirror", &mirror, as_is("h"), Free());
+  m.def("column_stats_f32", &column_stats_f32, as_is("x"), as_is("absolute"), as_is("abs_max"),
+        as_is("minimum"), as_is("maximum"), Free());
+  m.def("column_stats_u16", &column_stats_u16, as_is("x"), arg("bf16"), as_is("absolute"),
+        as_is("abs_max"), as_is("minimum"), as_is("maximum"), Free());
+  m.def("factor", &factor, as_is("h"), as_is("order"), as_is("dead"), arg("damping"), as_is("r"),
+        Free());
+  m.def("gptq", &gptq, as_is("w"), as_is("r"), as_is("order"), as_is("scales"), as_is("zeros"),
+        arg("group"), arg("bits"), as_is("codes"), as_is("loss"), Free());
+  m.def("quadratic", &quadratic, as_is("e"), as_is("h"), Free());
+  m.def("awq_scale", &awq_scale, as_is("w"), as_is("h"), as_is("column_scales"), arg("settings"),
+        as_is("losses"), Free());
+  m.def("awq_clip", &awq_clip, as_is("w"), as_is("h"), arg("settings"), as_is("factors"),
+        as_is("scales"), as_is("zeros"), Free());
+  m.def("qlinear", &qlinear, as_is("x"), as_is("codes"), as_is("scales"), as_is("zeros"),
+        arg("group"), as_is("y"), Free());
+}

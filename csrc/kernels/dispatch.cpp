@@ -1,0 +1,69 @@
+// Which instruction sets this machine runs, and the choice among them.
+#include "kernels/dispatch.h"
+
+#include <cstdlib>
+
+#include "core/check.h"
+
+namespace bitwright {
+
+#define LEVEL(name)          \
+  namespace name {           \
+  extern const Table kTable; \
+  }
+BITWRIGHT_LEVELS
+#undef LEVEL
+
+namespace {
+
+bool runs(const std::string& isa) {
+  if (isa == "base") return true;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  if (isa == "avx2") return avx2;
+  if (isa == "avx512")
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512cd");
+#endif
+  return false;
+}
+
+std::vector<const Table*> usable() {
+  std::vector<const Table*> found;
+#define LEVEL(name) \
+  if (runs(#name)) found.push_back(&name::kTable);
+  BITWRIGHT_LEVELS
+#undef LEVEL
+  return found;
+}
+
+const Table& choose() {
+  const std::vector<const Table*> tables = usable();
+  const char* wanted = std::getenv("BITWRIGHT_ISA");
+  if (wanted == nullptr || *wanted == '\0') return *tables.back();
+  std::string known;
+  for (const Table* table : tables) {
+    if (std::string(table->isa) == wanted) return *table;
+    known += std::string(known.empty() ? "" : ", ") + table->isa;
+  }
+  throw std::invalid_argument(
+      text("[isa] BITWRIGHT_ISA must be one of ", known, " on this machine, got ", wanted));
+}
+
+}  // namespace
+
+const Table& table() {
+  static const Table& chosen = choose();
+  return chosen;
+}
+
+std::vector<std::string> levels() {
+  std::vector<std::string> names;
+  for (const Table* table : usable()) names.emplace_back(table->isa);
+  return names;
+}
+
+}  // namespace bitwright

@@ -1,0 +1,40 @@
+// The inner block of the inverse-free GPTQ sweep (solver.md 3.3), one row per lane: nothing but
+// elementwise work and one multiply-add chain per later column, in ascending column order.
+#include "kernels/simd.h"
+#include "kernels/table.h"
+
+namespace bitwright::BITWRIGHT_ISA_NAME {
+
+void feedback(const FeedbackBlock& block) {
+  const VF top = broadcast<VF>(block.max_code), bottom = {};
+  VF loss[kVectors] = {};
+  for (std::int64_t p = 0; p < block.columns; ++p) {
+    const float* r = block.r + p * block.ldr;
+    const VF pivot = broadcast<VF>(r[p]);
+    VF error[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const std::int64_t at = p * kNrF32 + v * kF32;
+      const VF w = load<VF>(block.w + at);
+      const VF s = load<VF>(block.scale[p] + v * kF32), z = load<VF>(block.zero[p] + v * kF32);
+      const VF target = w + load<VF>(block.a + at) / pivot;
+      const VF code = minimum(maximum(rint(target / s) + z, bottom), top);
+      const VF value = (code - z) * s;
+      const VF residual = pivot * (target - value);
+      loss[v] = loss[v] + residual * residual;
+      error[v] = w - value;
+      store(block.e + at, error[v]);
+      store(block.codes + at, __builtin_convertvector(code, VI));
+    }
+    for (std::int64_t j = p + 1; j < block.columns; ++j) {
+      const VF factor = broadcast<VF>(r[j]);
+      float* a = block.a + j * kNrF32;
+      for (int v = 0; v < kVectors; ++v)
+        store(a + v * kF32, fma(error[v], factor, load<VF>(a + v * kF32)));
+    }
+  }
+  for (int v = 0; v < kVectors; ++v)
+    for (int lane = 0; lane < kF32; ++lane)
+      block.loss[v * kF32 + lane] += static_cast<double>(loss[v][lane]);
+}
+
+}  // namespace bitwright::BITWRIGHT_ISA_NAME

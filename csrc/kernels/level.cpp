@@ -1,0 +1,20 @@
+// The table of one instruction set: this file, too, is compiled once per level.
+#include "kernels/simd.h"
+#include "kernels/table.h"
+
+#define BITWRIGHT_STRING_(x) #x
+#define BITWRIGHT_STRING(x) BITWRIGHT_STRING_(x)
+
+namespace bitwright::BITWRIGHT_ISA_NAME {
+
+static_assert(kNrF32 % kMrF32 == 0 && kNrF64 % kMrF64 == 0, "a tile must not straddle two panels");
+
+extern const Table kTable;
+const Table kTable = {
+    BITWRIGHT_STRING(BITWRIGHT_ISA_NAME), kMrF32, kNrF32, kMrF64, kNrF64,
+#define KERNEL(name, arguments) name,
+#include "kernels/kernels.def"
+#undef KERNEL
+};
+
+}  // namespace bitwright::BITWRIGHT_ISA_NAME

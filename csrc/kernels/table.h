@@ -1,0 +1,27 @@
+// One table of kernels per instruction set, filled from kernels.def. No header of the standard
+// library with code in it: the files that include this are compiled for several instruction sets.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/types.h"
+
+namespace bitwright {
+
+struct Table {
+  const char* isa;
+  int mr_f32, nr_f32, mr_f64, nr_f64;
+#define KERNEL(name, arguments) void(*name) arguments;
+#include "kernels/kernels.def"
+#undef KERNEL
+};
+
+#ifdef BITWRIGHT_ISA_NAME
+namespace BITWRIGHT_ISA_NAME {
+#define KERNEL(name, arguments) void name arguments;
+#include "kernels/kernels.def"
+#undef KERNEL
+}  // namespace BITWRIGHT_ISA_NAME
+#endif
+
+}  // namespace bitwright

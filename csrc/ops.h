@@ -1,0 +1,75 @@
+// The C++ table of contents: every op, its contract, its formula. Matrices are row-major, W is (n,
+// k) = (out, in); `group` columns share a scale, G = ceil(k / group); value w = (code - zero) *
+// scale. Each op has a plain NumPy twin of the same name in tests/ref. Errors are
+// std::invalid_argument.
+#pragma once
+
+#include <string>
+
+#include "core/view.h"
+
+namespace bitwright {
+
+// How scales and zero points of a group are chosen; see FitOptions in kernels/types.h.
+struct FitSettings {
+  int bits = 4;
+  Index group = 128;
+  bool symmetric = true;
+  int zero_min = 0;
+  std::string scale_grid = "bf16";  // "bf16" | "fp16" | "fp32"
+  double power = 2.0;               // 2 or 2.4
+  bool search = false;              // try start * factors, else absmax / min-max as they are
+};
+
+// words[r] holds codes[r] as a bitstream, least significant bit first: code i in bits [i b, i b +
+// b).
+void pack(In<std::uint8_t> codes, int bits, Out<std::uint32_t> words);
+void unpack(In<std::uint32_t> words, int bits, Out<std::uint8_t> codes);
+
+// Scales on their grid, zeros in [zero_min, 2^b - 1]. weight: (k) or empty; scores are weighted by
+// it.
+void fit(In<float> w, InVec<float> weight, const FitSettings& settings, InVec<float> factors,
+         Out<float> scales, Out<std::uint8_t> zeros);
+// code = clamp(rint(w / scale) + zero, 0, 2^b - 1), ties to even.
+void encode(In<float> w, In<float> scales, In<std::uint8_t> zeros, Index group, int bits,
+            Out<std::uint8_t> codes);
+// w = (code - zero) * scale.
+void decode(In<std::uint8_t> codes, In<float> scales, In<std::uint8_t> zeros, Index group,
+            Out<float> w);
+
+// H += X^T X over the rows of X (t, k): float32 products and sums over 512 rows, double above.
+// Only the upper triangle is kept up; mirror() completes it. u16: bf16 or fp16 words.
+void gram_f32(In<float> x, Out<double> h);
+void gram_u16(In<std::uint16_t> x, bool bf16, Out<double> h);
+void mirror(Out<double> h);
+// Per column of X: absolute += sum |x|; abs_max, minimum, maximum are widened.
+void column_stats_f32(In<float> x, OutVec<double> absolute, OutVec<float> abs_max,
+                      OutVec<float> minimum, OutVec<float> maximum);
+void column_stats_u16(In<std::uint16_t> x, bool bf16, OutVec<double> absolute,
+                      OutVec<float> abs_max, OutVec<float> minimum, OutVec<float> maximum);
+
+// R upper triangular with R R^T = H[order, order] + damping I, computed in double (solver.md 3.2).
+// Columns marked dead get the diagonal 1 and nothing else. false: a pivot was not positive.
+bool factor(In<double> h, InVec<std::int32_t> order, InVec<std::uint8_t> dead, double damping,
+            Out<float> r);
+// Inverse-free GPTQ with fixed scales (solver.md 3.3): columns in `order`, R from factor().
+// loss (n): sum over columns of (R_kk (t_k - q_k))^2 = e (H + damping) e^T of each row.
+void gptq(In<float> w, In<float> r, InVec<std::int32_t> order, In<float> scales,
+          In<std::uint8_t> zeros, Index group, int bits, Out<std::uint8_t> codes,
+          OutVec<double> loss);
+
+// tr(E H E^T), float32 products, double sums over rows.
+double quadratic(In<float> e, In<double> h);
+// For each row s of column_scales (A, k): tr(E H E^T) with E = W - fit-and-round(W diag(s))
+// diag(1/s).
+void awq_scale(In<float> w, In<double> h, In<float> column_scales, const FitSettings& settings,
+               OutVec<double> losses);
+// Per row and group the range shrunk by that factor of `factors` with the least e_g H_gg e_g^T.
+void awq_clip(In<float> w, In<double> h, const FitSettings& settings, InVec<float> factors,
+              Out<float> scales, Out<std::uint8_t> zeros);
+
+// y (t, n) = x (t, k) W^T with W = decode(codes, ...), float32, k ascending.
+void qlinear(In<float> x, In<std::uint8_t> codes, In<float> scales, In<std::uint8_t> zeros,
+             Index group, Out<float> y);
+
+}  // namespace bitwright

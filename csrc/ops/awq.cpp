@@ -1,0 +1,121 @@
+// Activation-aware column scales and clipping (AWQ, 2306.00978), scored without a forward pass: the
+// error of a candidate is tr(E H E^T), with E relative to the unscaled weights (solver.md 10).
+#include <cmath>
+#include <limits>
+
+#include "core/parallel.h"
+#include "ops.h"
+#include "ops/fit_options.h"
+#include "ops/panel.h"
+
+namespace bitwright {
+
+namespace {
+
+// error [columns][nr] = w / s - value on the grid / s, for one group of a panel; s may be null.
+void round_group(int max_code, Index columns, const float* w, const float* column_scale,
+                 const float* scale, const float* zero, float* error) {
+  const Index nr = table().nr_f32;
+  const float top = static_cast<float>(max_code);
+  for (Index j = 0; j < columns; ++j)
+    for (Index lane = 0; lane < nr; ++lane) {
+      const float value = w[j * nr + lane];
+      const float raw = std::nearbyint(value / scale[lane]) + zero[lane];
+      const float code = std::min(std::max(raw, 0.0F), top);
+      const float e = value - (code - zero[lane]) * scale[lane];
+      error[j * nr + lane] = column_scale == nullptr ? e : e / column_scale[j];
+    }
+}
+
+LeftSlices left_of(In<double> h, Index first, Index columns) {
+  return {columns, columns,
+          [&](Index p, Index i) { return static_cast<float>(h(first + p, first + i)); }};
+}
+
+}  // namespace
+
+double quadratic(In<float> e, In<double> h) {
+  const Index n = e.rows(), k = e.cols(), nr = table().nr_f32;
+  require_square("quadratic", k, h);
+  const LeftSlices left = left_of(h, 0, k);
+  Buffer<double> loss(ceil_div(n, nr) * nr, true);
+  parallel_for(ceil_div(n, nr), [&](Index panel) {
+    Buffer<float> error(k * nr);
+    load_panel(e, panel * nr, 0, k, error.get());
+    panel_quadratic(left, k, error.get(), loss + panel * nr);
+  });
+  double sum = 0.0;
+  for (Index row = 0; row < n; ++row) sum += loss[row];
+  return sum;
+}
+
+void awq_scale(In<float> w, In<double> h, In<float> column_scales, const FitSettings& settings,
+               OutVec<double> losses) {
+  const Index n = w.rows(), k = w.cols(), nr = table().nr_f32, group = settings.group;
+  require_square("awq_scale", k, h);
+  require(column_scales.cols() == k && losses.size() == column_scales.rows(),
+          "[awq_scale] column_scales must be A x ", k, " with A losses, got ", column_scales.rows(),
+          " x ", column_scales.cols(), " and ", losses.size());
+  require(group > 0, "[awq_scale] group must be positive, got ", group);
+  const Eigen::VectorXf none;
+  const FitOptions options = fit_options(settings, none);
+  const LeftSlices left = left_of(h, 0, k);
+  const Index panels = ceil_div(n, nr), candidates = column_scales.rows();
+  Buffer<double> loss(candidates * panels * nr, true);
+  parallel_for(candidates * panels, [&](Index task) {
+    const Index row = task % panels * nr;
+    const float* column_scale = column_scales.data() + task / panels * column_scales.outerStride();
+    Buffer<float> values(k * nr), error(k * nr), scale(nr), zero(nr);
+    load_panel(w, row, 0, k, values.get());
+    for (Index j = 0; j < k; ++j)
+      for (Index lane = 0; lane < nr; ++lane) values[j * nr + lane] *= column_scale[j];
+    for (Index first = 0; first < k; first += group) {
+      const Index columns = std::min(group, k - first);
+      table().fit_group(options, columns, values + first * nr, nullptr, scale.get(), zero.get());
+      round_group(options.max_code, columns, values + first * nr, column_scale + first, scale.get(),
+                  zero.get(), error + first * nr);
+    }
+    panel_quadratic(left, k, error.get(), loss + task * nr);
+  });
+  for (Index a = 0; a < candidates; ++a) {
+    losses[a] = 0.0;
+    for (Index i = 0; i < n; ++i) losses[a] += loss[a * panels * nr + i];
+  }
+}
+
+void awq_clip(In<float> w, In<double> h, const FitSettings& settings, InVec<float> factors,
+              Out<float> scales, Out<std::uint8_t> zeros) {
+  const Index n = w.rows(), k = w.cols(), nr = table().nr_f32, group = settings.group;
+  require_square("awq_clip", k, h);
+  require_codes("awq_clip", n, k, group, scales, zeros);
+  const Eigen::VectorXf none;
+  const FitOptions plain = fit_options(settings, none);
+  for (Index g = 0; g < scales.cols(); ++g) {
+    const Index first = g * group, columns = std::min(group, k - first);
+    const LeftSlices left = left_of(h, first, columns);
+    parallel_for(ceil_div(n, nr), [&](Index panel) {
+      Buffer<float> values(columns * nr), error(columns * nr), scale(nr), zero(nr);
+      Buffer<double> loss(nr), best(nr);
+      std::fill(best.get(), best + nr, std::numeric_limits<double>::infinity());
+      load_panel(w, panel * nr, first, columns, values.get());
+      for (Index f = 0; f < factors.size(); ++f) {
+        FitOptions options = plain;
+        options.factor_count = 1;
+        options.factors = factors.data() + f;
+        table().fit_group(options, columns, values.get(), nullptr, scale.get(), zero.get());
+        round_group(options.max_code, columns, values.get(), nullptr, scale.get(), zero.get(),
+                    error.get());
+        std::fill(loss.get(), loss + nr, 0.0);
+        panel_quadratic(left, columns, error.get(), loss.get());
+        for (Index lane = 0; lane < std::min(nr, n - panel * nr); ++lane) {
+          if (!(loss[lane] < best[lane])) continue;
+          best[lane] = loss[lane];
+          scales(panel * nr + lane, g) = scale[lane];
+          zeros(panel * nr + lane, g) = static_cast<std::uint8_t>(zero[lane]);
+        }
+      }
+    });
+  }
+}
+
+}  // namespace bitwright

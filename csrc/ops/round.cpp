@@ -1,0 +1,81 @@
+// Rounding on given scales, its inverse, and the choice of the scales.
+#include <algorithm>
+#include <cmath>
+
+#include "core/parallel.h"
+#include "ops.h"
+#include "ops/fit_options.h"
+#include "ops/panel.h"
+
+namespace bitwright {
+
+namespace {
+
+constexpr Index kRowsPerTask = 16;
+
+template <class F>
+void each_group(Index rows, Index k, Index group, const F& f) {
+  parallel_for(ceil_div(rows, kRowsPerTask), [&](Index task) {
+    for (Index r = task * kRowsPerTask; r < std::min(rows, (task + 1) * kRowsPerTask); ++r)
+      for (Index g = 0; g * group < k; ++g) f(r, g, g * group, std::min(k, (g + 1) * group));
+  });
+}
+
+}  // namespace
+
+void fit(In<float> w, InVec<float> weight, const FitSettings& settings, InVec<float> factors,
+         Out<float> scales, Out<std::uint8_t> zeros) {
+  const Index n = w.rows(), k = w.cols(), nr = table().nr_f32;
+  require_codes("fit", n, k, settings.group, scales, zeros);
+  require(weight.size() == 0 || weight.size() == k, "[fit] weight must have ", k, " entries, got ",
+          weight.size());
+  const FitOptions options = fit_options(settings, factors);
+  const Index groups = scales.cols();
+  parallel_for(ceil_div(n, nr), [&](Index panel) {
+    Buffer<float> values(settings.group * nr), scale(nr), zero(nr);
+    for (Index g = 0; g < groups; ++g) {
+      const Index first = g * settings.group, columns = std::min(settings.group, k - first);
+      load_panel(w, panel * nr, first, columns, values.get());
+      table().fit_group(options, columns, values.get(),
+                        weight.size() == 0 ? nullptr : weight.data() + first, scale.get(),
+                        zero.get());
+      for (Index lane = 0; lane < std::min(nr, n - panel * nr); ++lane) {
+        scales(panel * nr + lane, g) = scale[lane];
+        zeros(panel * nr + lane, g) = static_cast<std::uint8_t>(zero[lane]);
+      }
+    }
+  });
+}
+
+void encode(In<float> w, In<float> scales, In<std::uint8_t> zeros, Index group, int bits,
+            Out<std::uint8_t> codes) {
+  require_codes("encode", w.rows(), w.cols(), group, scales, zeros);
+  require(bits >= 1 && bits <= 8, "[encode] bits must be 1 to 8, got ", bits);
+  require(codes.rows() == w.rows() && codes.cols() == w.cols(), "[encode] codes must be ", w.rows(),
+          " x ", w.cols(), ", got ", codes.rows(), " x ", codes.cols());
+  const float top = static_cast<float>((1 << bits) - 1);
+  each_group(w.rows(), w.cols(), group, [&](Index r, Index g, Index begin, Index end) {
+    const float scale = scales(r, g), zero = static_cast<float>(zeros(r, g));
+    const float* from = w.data() + r * w.outerStride();
+    std::uint8_t* to = codes.data() + r * codes.outerStride();
+    for (Index j = begin; j < end; ++j) {
+      const float code = std::nearbyint(from[j] / scale) + zero;
+      to[j] = static_cast<std::uint8_t>(std::min(std::max(code, 0.0F), top));
+    }
+  });
+}
+
+void decode(In<std::uint8_t> codes, In<float> scales, In<std::uint8_t> zeros, Index group,
+            Out<float> w) {
+  require_codes("decode", codes.rows(), codes.cols(), group, scales, zeros);
+  require(codes.rows() == w.rows() && codes.cols() == w.cols(), "[decode] W must be ", codes.rows(),
+          " x ", codes.cols(), ", got ", w.rows(), " x ", w.cols());
+  each_group(codes.rows(), codes.cols(), group, [&](Index r, Index g, Index begin, Index end) {
+    const float scale = scales(r, g), zero = static_cast<float>(zeros(r, g));
+    const std::uint8_t* from = codes.data() + r * codes.outerStride();
+    float* to = w.data() + r * w.outerStride();
+    for (Index j = begin; j < end; ++j) to[j] = (static_cast<float>(from[j]) - zero) * scale;
+  });
+}
+
+}  // namespace bitwright

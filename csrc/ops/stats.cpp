@@ -1,0 +1,112 @@
+// What calibration sums over the tokens. Gram: the rows go in chunks of 512 into column panels of
+// float32 (16-bit inputs are widened there); each tile of products is one float32 chain over the
+// chunk and is added to H in double, so the error does not grow with the number of tokens.
+#include <algorithm>
+
+#include "core/half.h"
+#include "core/parallel.h"
+#include "ops.h"
+#include "ops/panel.h"
+
+namespace bitwright {
+
+namespace {
+
+constexpr Index kChunk = 512;
+constexpr Index kPanelsPerTask = 8;  // right operands of a task: about L2
+constexpr Index kRowsPerTask = 96;   // a multiple of every mr
+
+struct Widen {
+  static float one(float x, bool) { return x; }
+  static float one(std::uint16_t x, bool bf16) { return bf16 ? from_bf16(x) : from_fp16(x); }
+};
+
+template <class T>
+void fill_panels(In<T> x, bool bf16, Index first, Index rows, float* panels) {
+  const Index k = x.cols(), nr = table().nr_f32;
+  parallel_for(ceil_div(k, nr), [&](Index panel) {
+    float* to = panels + panel * rows * nr;
+    const Index begin = panel * nr, width = std::min(nr, k - begin);
+    for (Index t = 0; t < rows; ++t, to += nr) {
+      const T* from = x.data() + (first + t) * x.outerStride() + begin;
+      for (Index j = 0; j < width; ++j) to[j] = Widen::one(from[j], bf16);
+      std::fill(to + width, to + nr, 0.0F);
+    }
+  });
+}
+
+void add_tiles(const float* panels, Index rows, Index k, Index row0, Index row1, Index panel,
+               Out<double> h) {
+  const Table& kernel = table();
+  const Index nr = kernel.nr_f32, mr = kernel.mr_f32, column = panel * nr;
+  Buffer<float> c(mr * nr);
+  for (Index i = row0; i < std::min(row1, column + nr); i += mr) {
+    std::fill(c.get(), c + mr * nr, 0.0F);
+    const float* left = panels + (i / nr) * rows * nr + i % nr;
+    kernel.tile_f32(rows, left, nr, panels + panel * rows * nr, c.get(), nr);
+    for (Index a = 0; a < std::min(mr, k - i); ++a)
+      for (Index b = 0; b < std::min(nr, k - column); ++b)
+        h(i + a, column + b) += static_cast<double>(c[a * nr + b]);
+  }
+}
+
+template <class T>
+void gram(In<T> x, bool bf16, Out<double> h) {
+  const Index k = x.cols(), nr = table().nr_f32;
+  require(h.rows() == k && h.cols() == k, "[gram] H must be ", k, " x ", k, " to match X (",
+          x.rows(), " x ", k, "), got ", h.rows(), " x ", h.cols());
+  const Index panels = ceil_div(k, nr), right = ceil_div(panels, kPanelsPerTask);
+  const Index left = ceil_div(k, kRowsPerTask);
+  Buffer<float> data(std::min(kChunk, x.rows()) * panels * nr);
+  for (Index first = 0; first < x.rows(); first += kChunk) {
+    const Index rows = std::min(kChunk, x.rows() - first);
+    fill_panels<T>(x, bf16, first, rows, data.get());
+    parallel_for(right * left, [&](Index task) {
+      const Index row0 = task % left * kRowsPerTask, panel0 = task / left * kPanelsPerTask;
+      for (Index p = panel0; p < std::min(panels, panel0 + kPanelsPerTask); ++p)
+        add_tiles(data.get(), rows, k, row0, std::min(k, row0 + kRowsPerTask), p, h);
+    });
+  }
+}
+
+template <class T>
+void column_stats(In<T> x, bool bf16, OutVec<double> absolute, OutVec<float> abs_max,
+                  OutVec<float> minimum, OutVec<float> maximum) {
+  const Index k = x.cols();
+  require(absolute.size() == k && abs_max.size() == k && minimum.size() == k && maximum.size() == k,
+          "[column_stats] outputs must have ", k, " entries");
+  constexpr Index kColumns = 1024;
+  parallel_for(ceil_div(k, kColumns), [&](Index task) {
+    const Index begin = task * kColumns, width = std::min(kColumns, k - begin);
+    Buffer<float> row(width);
+    const ColumnSums sums = {absolute.data() + begin, abs_max.data() + begin,
+                             minimum.data() + begin, maximum.data() + begin};
+    for (Index t = 0; t < x.rows(); ++t) {
+      const T* from = x.data() + t * x.outerStride() + begin;
+      for (Index j = 0; j < width; ++j) row[j] = Widen::one(from[j], bf16);
+      table().column_sums(1, width, row.get(), sums);
+    }
+  });
+}
+
+}  // namespace
+
+void gram_f32(In<float> x, Out<double> h) { gram<float>(x, false, h); }
+void gram_u16(In<std::uint16_t> x, bool bf16, Out<double> h) { gram<std::uint16_t>(x, bf16, h); }
+
+void mirror(Out<double> h) {
+  for (Index i = 0; i < h.rows(); ++i)
+    for (Index j = 0; j < i; ++j) h(i, j) = h(j, i);
+}
+
+void column_stats_f32(In<float> x, OutVec<double> absolute, OutVec<float> abs_max,
+                      OutVec<float> minimum, OutVec<float> maximum) {
+  column_stats<float>(x, false, absolute, abs_max, minimum, maximum);
+}
+
+void column_stats_u16(In<std::uint16_t> x, bool bf16, OutVec<double> absolute,
+                      OutVec<float> abs_max, OutVec<float> minimum, OutVec<float> maximum) {
+  column_stats<std::uint16_t>(x, bf16, absolute, abs_max, minimum, maximum);
+}
+
+}  // namespace bitwright
