@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -263,3 +264,28 @@ def qlinear(X: F32, q: QTensor) -> F32:
     Y = np.empty((X.shape[0], q.shape[0]), np.float32)
     _core.qlinear(X, q.codes, q.scales, q.zeros, q.scheme.columns(q.shape[1]), Y)
     return Y
+
+
+def as_numpy(x: Any) -> npt.NDArray[Any]:
+    """A NumPy view of an array or a torch CPU tensor, without a copy; bfloat16 as ml_dtypes'."""
+    if isinstance(x, np.ndarray):
+        return x
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        x = x.detach()
+        if x.dtype == torch.bfloat16:
+            words: npt.NDArray[Any] = x.view(torch.int16).numpy()
+            return words.view(BFLOAT16)
+        array: npt.NDArray[Any] = x.numpy()
+        return array
+    return np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x)
+
+
+def relative_error(W: F32, q: QTensor, H: F64 | None = None) -> float:
+    """tr(E H E^T) / tr(W H W^T) with E = W - Q; H = I where there is none. 0 for a zero matrix."""
+    E = W - decode(q)
+    if H is None:
+        size, error = float(np.vdot(W, W)), float(np.vdot(E, E))
+    else:
+        size, error = quadratic(W, H), quadratic(E, H)
+    return error / size if size > 0 else 0.0

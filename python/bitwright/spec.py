@@ -157,6 +157,16 @@ class Stats:
     maximum: F32
 
 
+@dataclass(frozen=True, eq=False)
+class Rescale:
+    """Column scales of a group: weights become W diag(scales), the norm in front absorbs the inverse.
+
+    scales: float32 (k,), positive. exponent: what they were raised to, for the report."""
+
+    scales: F32
+    exponent: float
+
+
 @dataclass(frozen=True)
 class Linear:
     """One weight of a block. name: path inside the block. roles: what its rows are, top to bottom
