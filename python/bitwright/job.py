@@ -1,0 +1,131 @@
+"""What a run is about: checkpoint, architecture, and what is to become of each matrix. Nothing runs here.
+
+Opening a job refuses everything that can be refused without reading a weight: an unusable folder, a
+model that is already quantized, shapes that contradict the config, schemes that the format cannot hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bitwright import archs, ops, registry
+from bitwright import recipe as recipes
+from bitwright.calib.discover import discover
+from bitwright.calib.skeleton import ForwardDtype, Skeleton, forward_dtype
+from bitwright.files.checkpoint import Checkpoint
+from bitwright.spec import F32, Arch, Group, InputError, Linear, Recipe, RefusedError, Target
+
+TOKENS_PER_BATCH = 4096  # of one forward call: activations of a block stay in the megabytes
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """An opened run. targets: one per linear of every block, in the order they are solved, by name.
+
+    unused: override patterns that matched nothing. batch: windows per forward call."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    skeleton: Skeleton
+    arch: Arch
+    targets: Mapping[str, Target]
+    unused: tuple[str, ...]
+    dtype: ForwardDtype
+    threads: int
+    batch: int
+
+    @property
+    def format(self) -> ModuleType:
+        return registry.get("formats", self.recipe.format)
+
+    def name(self, block: int, linear: Linear) -> str:
+        return f"{self.skeleton.path(block)}.{linear.name}"
+
+    def target(self, block: int, linear: Linear) -> Target:
+        return self.targets[self.name(block, linear)]
+
+    def wanted(self, block: int, group: Group) -> list[Target]:
+        """The targets of a group that are to be quantized."""
+        found = [self.target(block, linear) for linear in group.linears]
+        return [target for target in found if target.scheme is not None]
+
+    def read(self, module: str, part: str = "weight") -> npt.NDArray[Any]:
+        """A tensor of the checkpoint by its name in the model."""
+        return self.checkpoint.read(self.skeleton.sources[f"{module}.{part}"])
+
+    def weight(self, target: Target) -> F32:
+        """The float32 weights (n, k) of a target; InputError if one is not finite."""
+        stored = self.read(target.name)
+        W = np.ascontiguousarray((stored.T if target.linear.transposed else stored).astype(np.float32))
+        if not np.isfinite(W).all():
+            raise InputError(f"[job] wanted finite weights, got NaN or infinity in {target.name}.weight")
+        return W
+
+
+def _arch(checkpoint: Checkpoint, skeleton: Skeleton) -> Arch:
+    declared = archs.find(checkpoint.config)
+    return discover(skeleton) if declared is None else declared
+
+
+def _targets(
+    checkpoint: Checkpoint, skeleton: Skeleton, arch: Arch, recipe: Recipe
+) -> tuple[dict[str, Target], tuple[str, ...]]:
+    linears = {
+        f"{skeleton.path(i)}.{linear.name}": linear
+        for i in range(skeleton.count)
+        for group in arch.groups
+        for linear in group.linears
+    }
+    resolved, unused = recipes.resolve(recipe, tuple(linears))
+    targets = {}
+    for name, linear in linears.items():
+        source = skeleton.sources.get(f"{name}.weight")
+        if source is None:
+            continue
+        rows, columns = checkpoint.entries[source][0]
+        shape = (columns, rows) if linear.transposed else (rows, columns)
+        targets[name] = Target(name, linear, shape, resolved[name])
+    return targets, tuple(unused)
+
+
+def open_job(
+    source: str | Path,
+    recipe: Recipe,
+    *,
+    dtype: ForwardDtype | None = None,
+    threads: int | None = None,
+) -> Job:
+    """Opens a run on a checkpoint folder; InputError or RefusedError where it cannot be done."""
+    checkpoint = Checkpoint(Path(source))
+    if "quantization_config" in checkpoint.config:
+        method = checkpoint.config["quantization_config"].get("quant_method", "an unnamed method")
+        raise InputError(
+            f"[job] wanted a float checkpoint, got {source}, which is already quantized ({method})"
+        )
+    dtype = dtype or forward_dtype()
+    shapes = {name: entry[0] for name, entry in checkpoint.entries.items()}
+    skeleton = Skeleton(checkpoint.path, checkpoint.read, shapes, dtype)
+    arch = _arch(checkpoint, skeleton)
+    targets, unused = _targets(checkpoint, skeleton, arch, recipe)
+    job = Job(
+        checkpoint,
+        recipe,
+        skeleton,
+        arch,
+        targets,
+        unused,
+        dtype,
+        ops.set_threads(threads),
+        max(1, TOKENS_PER_BATCH // recipe.length),
+    )
+    reason = job.format.refuse(tuple(targets.values()), arch)
+    if reason:
+        raise RefusedError(reason)
+    return job

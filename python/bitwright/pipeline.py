@@ -1,0 +1,311 @@
+"""The driver: a float checkpoint folder (or a model in memory) in, a verified quantized folder out.
+
+    open the job -> tokens -> plan -> work folder -> block by block: capture, transform, solve, spool
+                 -> report -> export, read back, compare -> rename
+
+Everything is resumable: the same call goes on where a killed one stopped, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bitwright import card, export, ops, plan
+from bitwright import recipe as recipes
+from bitwright.calib.capture import Capture
+from bitwright.calib.data import Tokens, collect, load_tokenizer
+from bitwright.calib.skeleton import ForwardDtype, as_tensor
+from bitwright.calib.stats import StatsCollector
+from bitwright.files.checkpoint import Checkpoint
+from bitwright.fingerprint import fingerprint
+from bitwright.job import Job, open_job
+from bitwright.progress import Progress, silent
+from bitwright.report import RunReport
+from bitwright.solving import BlockSolver
+from bitwright.spec import Group, InputError, QTensor, Recipe, Target
+from bitwright.spool import Finished, Spool, asarrays
+
+MAX_SHARD_SIZE = 5 * 10**9
+
+
+class _Clock:
+    """Seconds per phase of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def timed(self, phase: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return work(*args)
+            finally:
+                self.add(phase, time.perf_counter() - begin)
+
+        return call
+
+    def add(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+
+class _Run:
+    """One run over an opened job."""
+
+    def __init__(self, job: Job, spool: Spool, progress: Progress, rerun: bool) -> None:
+        self.job, self.spool, self.progress, self.rerun = job, spool, progress, rerun
+        self.clock = _Clock()
+        self.notes: list[str] = []
+
+    def round_all(self) -> None:
+        """Data-free: every linear on its own, no forward."""
+        wanted = [target for target in self.job.targets.values() if target.scheme is not None]
+        self.progress.start(len(wanted), "round")
+        solver = BlockSolver(self.job, self.spool, 0, self._finished)
+        for target in wanted:
+            self.clock.timed("solve", solver.solve_alone)(target)
+
+    def _finished(self, _target: Target) -> None:
+        self.progress.advance()
+
+    def sweep(self, ids: npt.NDArray[np.int64]) -> None:
+        """Block by block on the calibration tokens (N, length), from where the spool stands."""
+        skeleton = self.job.skeleton
+        first, hidden = self._inputs(ids)
+        capture = Capture(skeleton, self.job.arch, self._collector)
+        groups = [group for group in self.job.arch.groups if not group.inside_attention]
+        self.progress.start((skeleton.count - first) * len(groups) * len(hidden), "capture and solve")
+        for block in range(first, skeleton.count):
+            hidden = self._block(capture, block, hidden)
+            if block + 1 < skeleton.count:
+                self.clock.timed("save", self.spool.save_hidden)(block + 1, asarrays(hidden))
+        self.notes += capture.notes
+
+    def _inputs(self, ids: npt.NDArray[np.int64]) -> tuple[int, list[torch.Tensor]]:
+        saved = self.spool.hidden()
+        if saved is not None:
+            return saved[0], [as_tensor(array) for array in saved[1]]
+        step, skeleton = self.job.batch, self.job.skeleton
+        hidden = [skeleton.embed(ids[i : i + step]) for i in range(0, len(ids), step)]
+        skeleton.empty()
+        self.spool.save_hidden(0, asarrays(hidden))
+        return 0, hidden
+
+    def _collector(self, k: int) -> Any:
+        collector = StatsCollector(k)
+        update = collector.update
+
+        def timed(x: Any) -> StatsCollector:
+            begin = time.perf_counter()
+            update(x)
+            self.clock.add("statistics", time.perf_counter() - begin)
+            self.progress.advance()
+            return collector
+
+        collector.update = timed  # type: ignore[method-assign]
+        return collector
+
+    def _block(
+        self, capture: Capture, block: int, hidden: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        solver = BlockSolver(self.job, self.spool, block, lambda _target: None)
+        batches = len(hidden)
+
+        def done(group: Group) -> Mapping[str, Any] | None:
+            weights = solver.done(group)
+            if weights is not None and not group.inside_attention:
+                self.progress.advance(batches)
+            return weights
+
+        inside = dict(self.clock.seconds)
+        begin = time.perf_counter()
+        solve = self.clock.timed("solve", solver.solve)
+        outputs = capture.run_block(block, hidden, solve, done, self.rerun)
+        spent = sum(self.clock.seconds.values()) - sum(inside.values())
+        self.clock.add("forward", time.perf_counter() - begin - spent)
+        _require_finite(outputs, self.job.skeleton.path(block))
+        return outputs
+
+    def overrides(self) -> dict[str, npt.NDArray[Any]]:
+        """Norms that absorbed column scales, by tensor name."""
+        found: dict[str, npt.NDArray[Any]] = {}
+        norms = {group.norm for group in self.job.arch.groups if group.norm is not None}
+        for block in range(self.job.skeleton.count):
+            for norm in sorted(norms):
+                name = f"{self.job.skeleton.path(block)}.{norm}"
+                known = self.spool.norm(name)
+                if known is not None:
+                    found[f"{name}.weight"] = known[0]["gain"]
+                    if "bias" in known[0]:
+                        found[f"{name}.bias"] = known[0]["bias"]
+        return found
+
+
+def _require_finite(batches: list[torch.Tensor], where: str) -> None:
+    if not all(bool(torch.isfinite(batch).all()) for batch in batches):
+        raise InputError(f"[capture] wanted finite activations, got NaN or infinity behind {where}")
+
+
+def names_to_write(job: Job) -> dict[str, str]:
+    """Checkpoint tensor -> its name in the written checkpoint: the model's own spelling."""
+    spelled: dict[str, str] = {}
+    for name, source in job.skeleton.sources.items():
+        if name == source or source not in spelled:
+            spelled[source] = name
+    return {source: spelled.get(source, source) for source in job.checkpoint.entries}
+
+
+def _report(job: Job, run: _Run, tokens: Tokens | None, begin: float) -> RunReport:
+    linears = [run.spool.report(t.name) for t in job.targets.values() if t.scheme is not None]
+    return RunReport(
+        base=str(job.checkpoint.path),
+        recipe=job.recipe,
+        calibration="none: data-free" if tokens is None else tokens.description,
+        tokens=0 if tokens is None else tokens.total,
+        linears=tuple(linears),
+        skipped=tuple(t.name for t in job.targets.values() if t.scheme is None),
+        notes=(*run.notes, *job.format.notes(tuple(job.targets.values()))),
+        unused_overrides=job.unused,
+        versions={name: version(name) for name in ("bitwright", "torch", "transformers", "numpy")},
+        isa=ops.isa(),
+        threads=job.threads,
+        dtype=job.dtype,
+        seconds={**run.clock.seconds, "total": time.perf_counter() - begin},
+        peak_rss=plan.resident_bytes(peak=True),
+    )
+
+
+def _tokens(job: Job, calibration: Any) -> Tokens | None:
+    if job.recipe.method == "rtn":
+        return None
+    tokenizer = load_tokenizer(job.checkpoint.path)
+    vocabulary = job.skeleton.model.get_input_embeddings().weight.shape[0]
+    return collect(calibration, tokenizer, job.recipe, int(vocabulary))
+
+
+def quantize(
+    source: Any,
+    out: str | Path | None = None,
+    recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+    *,
+    calibration: Any = None,
+    work: str | Path | None = None,
+    threads: int | None = None,
+    dtype: ForwardDtype | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    memory: int | None = None,
+    strict: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    **wishes: Any,
+) -> RunReport:
+    """Quantizes a checkpoint folder into `out`, or a transformers model in memory in place.
+
+    recipe: a Recipe, a dict, or a YAML / JSON file; wishes: its fields as keywords (scheme="int4-g64",
+    method="gptq", format="compressed-tensors", samples=128, length=512, ...). calibration: a text or
+    JSONL file, a data set, a list of strings, token ids (N, length), or None for the shipped text.
+    work: folder for what is finished (default OUT.work, removed at the end). memory: bytes that the
+    run may take; a run whose parked activations do not fit re-runs each block per group. strict: a
+    fallback is an error. Returns the report that also lies in `out`. Errors: InputError, RefusedError
+    (subclasses of ValueError), NumericalError, export.VerificationError.
+    """
+    wish = recipes.merge(recipe, wishes)
+    keywords = {
+        "calibration": calibration, "threads": threads, "dtype": dtype, "memory": memory,
+        "max_shard_size": max_shard_size, "strict": strict, "progress": progress,
+    }  # fmt: skip
+    if isinstance(source, str | Path):
+        if out is None:
+            raise InputError("[quantize] wanted a folder to write to, got none")
+        return _quantize_folder(Path(source), Path(out), wish, work, overwrite, **keywords)
+    raise RefusedError(
+        f"[quantize] wanted a checkpoint folder or a transformers model, got {type(source).__name__}"
+    )
+
+
+def _quantize_folder(
+    source: Path,
+    out: Path,
+    recipe: Recipe,
+    work: str | Path | None,
+    overwrite: bool,
+    *,
+    calibration: Any,
+    threads: int | None,
+    dtype: ForwardDtype | None,
+    memory: int | None,
+    max_shard_size: int,
+    strict: bool,
+    progress: Progress,
+) -> RunReport:
+    begin = time.perf_counter()
+    export.check_destination(out, overwrite)
+    job = open_job(source, recipe, dtype=dtype, threads=threads)
+    tokens = _tokens(job, calibration)
+    spool = Spool(out.with_name(f"{out.name}.work") if work is None else Path(work))
+    spool.start(fingerprint(job, None if tokens is None else tokens.ids))
+    run = _Run(job, spool, progress, plan.make_for(job, memory).rerun)
+    if tokens is None:
+        run.round_all()
+    else:
+        run.sweep(tokens.ids)
+    report = _report(job, run, tokens, begin)
+    if strict:
+        report.raise_if_strict()
+    report = _write(job, run, report, out, max_shard_size, progress, begin)
+    if work is None:
+        shutil.rmtree(spool.folder)
+    return report
+
+
+def _write(
+    job: Job, run: _Run, report: RunReport, out: Path, shard: int, progress: Progress, begin: float
+) -> RunReport:
+    result = export.Result(
+        job.checkpoint, names_to_write(job), job.targets, _quantized(run.spool), run.overrides()
+    )
+    finished: list[RunReport] = []
+    since = time.perf_counter()
+
+    def finish(folder: Path) -> None:
+        seconds = dict(report.seconds) | {
+            "write": time.perf_counter() - since,
+            "total": time.perf_counter() - begin,
+        }
+        done = replace(report, seconds=seconds, peak_rss=plan.resident_bytes(peak=True))
+        finished.append(done)
+        add_papers(folder, done, job.format, out)
+
+    export.export(
+        result, job.format, out,
+        version=version("bitwright"), max_shard_size=shard, progress=progress, finish=finish,
+    )  # fmt: skip
+    return finished[0]
+
+
+def add_papers(folder: Path, report: RunReport, fmt: Any, out: Path) -> None:
+    """The report and the model card of a written folder."""
+    export.write_json(folder / export.REPORT, report.to_dict())
+    text = card.render(report, bytes_total=Checkpoint(folder).total_bytes, load_line=fmt.load_line(out))
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _quantized(spool: Spool) -> Callable[[str], QTensor]:
+    def read(name: str) -> QTensor:
+        done: Finished | None = spool.load(name)
+        if done is None:
+            raise InputError(f"[work] wanted {name} in {spool.folder}, found none")
+        return done.q
+
+    return read
+
+

@@ -1,0 +1,153 @@
+"""From a group's statistics to its finished linears: transform, solver, report, spool.
+
+awq, awq+gptq: all linears behind one norm share column scales, chosen when the first of them is
+reached; the norm is on disk before the linears that rely on it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from bitwright import registry
+from bitwright.job import Job
+from bitwright.solvers import rtn
+from bitwright.spec import F32, Group, InputError, QTensor, Report, Scheme, Stats, Target
+from bitwright.spool import Finished, Spool
+from bitwright.transforms import awq, fold
+
+CLIP_SKIPS = ("attn.q", "attn.k")  # AWQ: rows that attention multiplies with each other keep their range
+
+
+class BlockSolver:
+    """Solves the groups of one block; `done` and `solve` are what calib.capture asks for."""
+
+    def __init__(self, job: Job, spool: Spool, block: int, finished: Callable[[Target], None]) -> None:
+        self.job, self.spool, self.block, self.finished = job, spool, block, finished
+        self._prepared: dict[tuple[int, Scheme], Any] = {}
+        self._scaled: dict[str, tuple[Stats, Stats]] = {}
+
+    def done(self, group: Group) -> dict[str, F32] | None:
+        """Weights of a group that needs no statistics: all of it is finished, or kept in float."""
+        wanted = self.job.wanted(self.block, group)
+        if not all(self.spool.has(target.name) for target in wanted):
+            return None
+        return {target.linear.name: self._load(target).dense() for target in wanted}
+
+    def solve(self, group: Group, stats: Stats) -> dict[str, F32]:
+        """Solves what is left of a group and returns the weights (n, k) that its linears now have."""
+        wanted = self.job.wanted(self.block, group)
+        scales, exponent = self._rescale(group, stats)
+        weights = {}
+        for target in wanted:
+            if self.spool.has(target.name):
+                done = self._load(target)
+            else:
+                done = self._finish(group, target, stats, scales, exponent)
+            weights[target.linear.name] = done.dense()
+        return weights
+
+    def solve_alone(self, target: Target) -> None:
+        """Data-free rounding of one linear."""
+        if not self.spool.has(target.name):
+            self._finish(Group((target.linear,)), target, None, None, None)
+
+    def _load(self, target: Target) -> Finished:
+        done = self.spool.load(target.name)
+        if done is None:
+            raise InputError(f"[work] wanted {target.name} in {self.spool.folder}, found none")
+        return done
+
+    def _finish(
+        self,
+        group: Group,
+        target: Target,
+        stats: Stats | None,
+        scales: F32 | None,
+        exponent: float | None,
+    ) -> Finished:
+        begin = time.perf_counter()
+        W = self.job.weight(target)
+        q, report = self._round(group, target, W, stats, scales)
+        report = replace(
+            report, name=target.name, awq=exponent, seconds=round(time.perf_counter() - begin, 4)
+        )
+        done = Finished(q, report, scales)
+        self.spool.save(target.name, done)
+        self.finished(target)
+        return done
+
+    def _round(
+        self, group: Group, target: Target, W: F32, stats: Stats | None, scales: F32 | None
+    ) -> tuple[QTensor, Report]:
+        scheme, method = target.scheme, self.job.recipe.method
+        if scheme is None:
+            raise InputError(f"[solve] wanted a scheme for {target.name}, got none")
+        options = dict(self.job.recipe.options)
+        if method in ("rtn", "awq"):
+            plain = stats is None or not set(CLIP_SKIPS).isdisjoint(target.linear.roles)
+            options.setdefault("scales", "minmax" if plain else "clip")
+            solver = registry.get("solvers", "rtn")
+        else:
+            solver = registry.get("solvers", "gptq")
+        inner = self._inner(group, stats, scales)
+        scaled = W if scales is None else W * scales
+        prepared = self._prepare(solver, inner, scheme, options)
+        q, report = solver.solve(scaled, inner, scheme, prepared=prepared, **options)
+        if scales is not None and stats is not None:
+            plain_q = rtn.solve(W, stats, scheme)[1]
+            report = replace(report, error_rtn=plain_q.error)
+        return q, report if report.fallback else replace(report, method=method)
+
+    def _inner(self, group: Group, stats: Stats | None, scales: F32 | None) -> Stats | None:
+        """The statistics that the solver sees: those of the inputs behind the rescaled norm."""
+        if stats is None or scales is None or group.norm is None:
+            return stats
+        known = self._scaled.get(group.norm)
+        if known is None or known[0] is not stats:
+            self._scaled[group.norm] = known = (stats, fold.scale_stats(stats, scales))
+        return known[1]
+
+    def _prepare(self, solver: Any, stats: Stats | None, scheme: Scheme, options: dict[str, Any]) -> Any:
+        """What all matrices with these inputs share, computed once."""
+        key = (id(stats), scheme)
+        if key not in self._prepared:
+            self._prepared = {key: solver.prepare(stats, scheme, **options)}
+        return self._prepared[key]
+
+    def _rescale(self, group: Group, stats: Stats) -> tuple[F32 | None, float | None]:
+        """The exact column scales of the group's norm and their exponent; None where there are none."""
+        if not self.job.recipe.method.startswith("awq") or group.norm is None:
+            return None, None
+        name = f"{self.job.skeleton.path(self.block)}.{group.norm}"
+        known = self.spool.norm(name)
+        if known is None:
+            known = self._plan_norm(name, group.norm, stats)
+            if known is None:
+                return None, None
+        return known[0]["scales"], known[1]
+
+    def _plan_norm(
+        self, name: str, norm: str, stats: Stats
+    ) -> tuple[dict[str, Any], float] | None:
+        readers = [
+            self.job.target(self.block, linear)
+            for group in self.job.arch.groups
+            if group.norm == norm
+            for linear in group.linears
+        ]
+        schemes = [target.scheme for target in readers]
+        if None in schemes or schemes[0] is None:
+            return None  # a reader that stays in float could not take the scales
+        plan = awq.plan([self.job.weight(target) for target in readers], stats, schemes[0])
+        has_bias = f"{name}.bias" in self.job.skeleton.sources
+        gain = self.job.read(name)
+        bias = self.job.read(name, "bias") if has_bias else None
+        gain, bias, exact = fold.fold(gain, bias, plan.scales, self.job.arch.norm)
+        arrays = {"gain": gain, "scales": exact} | ({} if bias is None else {"bias": bias})
+        self.spool.save_norm(name, arrays, plan.exponent)
+        return arrays, plan.exponent
+
+

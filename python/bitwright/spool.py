@@ -1,0 +1,153 @@
+"""The work folder: every finished piece is on disk, whole, before the next one starts.
+
+    fingerprint.json          what the run depends on; any change is refused, naming old and new value
+    linears/<name>.safetensors    words, scales, zeros (and column_scales where a norm absorbed them),
+                              with the scheme and the report in the metadata
+    norms/<name>.safetensors  a norm that absorbed column scales: gain, bias, scales
+    hidden-<i>.safetensors    inputs of block i, one tensor per batch; only the newest is kept
+
+A file appears by rename, so it is complete or not there. Whatever is there when a run starts is taken
+as it is; because each piece is a function of the fingerprint, the end is the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bitwright import ops, schemes
+from bitwright.files import safetensors
+from bitwright.spec import F32, InputError, QTensor, Report, Scheme
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A finished linear: its QTensor, its Report and the column scales that a norm absorbed."""
+
+    q: QTensor
+    report: Report
+    column_scales: F32 | None = None
+
+    def dense(self) -> F32:
+        """The weights that the linear has from now on, on inputs that the norm has not rescaled."""
+        W = ops.decode(self.q)
+        return W if self.column_scales is None else W / self.column_scales
+
+
+class Spool:
+    """Reads and writes a work folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def start(self, fingerprint: Mapping[str, str]) -> None:
+        """Makes the folder, or checks that it was made for the same run; InputError if not."""
+        path = self.folder / "fingerprint.json"
+        if path.exists():
+            self._compare(json.loads(path.read_text()), fingerprint)
+            return
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise InputError(
+                f"[work] wanted an empty work folder or one of ours, got {self.folder} with other files"
+            )
+        for part in ("linears", "norms"):
+            (self.folder / part).mkdir(parents=True, exist_ok=True)
+        safetensors.write_text(path, json.dumps(dict(fingerprint), indent=1))
+
+    def _compare(self, old: Mapping[str, str], new: Mapping[str, str]) -> None:
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key):
+                raise InputError(
+                    f"[work] {self.folder} belongs to a run with {key} = {old.get(key)}, this one has "
+                    f"{key} = {new.get(key)}; use the old value, or another --work folder"
+                )
+
+    def _linear(self, name: str) -> Path:
+        return self.folder / "linears" / f"{name}.safetensors"
+
+    def save(self, name: str, done: Finished) -> None:
+        q = done.q
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "words": ops.pack(q.codes, q.scheme.bits),
+            "scales": q.scales,
+            "zeros": q.zeros,
+        }
+        if done.column_scales is not None:
+            arrays["column_scales"] = done.column_scales
+        scheme = {"name": q.scheme.name, "scale": q.scheme.scale, "zero_min": q.scheme.zero_min}
+        metadata = {
+            "scheme": json.dumps(scheme),
+            "columns": str(q.shape[1]),
+            "report": json.dumps(done.report.to_dict()),
+        }
+        safetensors.save(self._linear(name), arrays, metadata)
+
+    def load(self, name: str) -> Finished | None:
+        """The finished linear of that name, None if there is none yet."""
+        path = self._linear(name)
+        if not path.exists():
+            return None
+        file = safetensors.SafetensorsFile(path)
+        stored = json.loads(file.metadata["scheme"])
+        scheme: Scheme = replace(
+            schemes.parse(stored["name"]), scale=stored["scale"], zero_min=stored["zero_min"]
+        )
+        codes = ops.unpack(file.read("words"), scheme.bits, int(file.metadata["columns"]))
+        q = QTensor(codes, file.read("scales"), file.read("zeros"), scheme)
+        columns = file.read("column_scales") if "column_scales" in file.entries else None
+        return Finished(q, self.report(name), columns)
+
+    def report(self, name: str) -> Report:
+        """The report alone, without reading the codes."""
+        fields = json.loads(safetensors.SafetensorsFile(self._linear(name)).metadata["report"])
+        fields.update(shape=tuple(fields["shape"]), notes=tuple(fields["notes"]))
+        return Report(**fields)
+
+    def has(self, name: str) -> bool:
+        return self._linear(name).exists()
+
+    def save_norm(
+        self, name: str, arrays: Mapping[str, npt.NDArray[Any]], exponent: float
+    ) -> None:
+        path = self.folder / "norms" / f"{name}.safetensors"
+        safetensors.save(path, dict(arrays), {"exponent": repr(exponent)})
+
+    def norm(self, name: str) -> tuple[dict[str, npt.NDArray[Any]], float] | None:
+        """Tensors gain, scales and maybe bias of a rescaled norm, and the exponent; None if plain."""
+        path = self.folder / "norms" / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        file = safetensors.SafetensorsFile(path)
+        return {key: file.read(key) for key in file.entries}, float(file.metadata["exponent"])
+
+    def save_hidden(self, block: int, batches: Sequence[npt.NDArray[Any]]) -> None:
+        """The inputs of block `block`; those of earlier blocks are dropped once these are there."""
+        arrays = {f"{i:05d}": batch for i, batch in enumerate(batches)}
+        safetensors.save(self.folder / f"hidden-{block:05d}.safetensors", arrays, {})
+        for path in self._hidden()[:-1]:
+            path.unlink()
+
+    def _hidden(self) -> list[Path]:
+        return sorted(self.folder.glob("hidden-?????.safetensors"))
+
+    def hidden(self) -> tuple[int, list[npt.NDArray[Any]]] | None:
+        """The newest saved block index and its inputs, None if there are none."""
+        found = self._hidden()
+        if not found:
+            return None
+        file = safetensors.SafetensorsFile(found[-1])
+        return int(found[-1].stem.removeprefix("hidden-")), [file.read(k) for k in sorted(file.entries)]
+
+    def bytes(self) -> int:
+        """What the folder takes on disk."""
+        return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
+
+
+def asarrays(batches: Sequence[Any]) -> list[npt.NDArray[Any]]:
+    return [np.ascontiguousarray(ops.as_numpy(batch)) for batch in batches]
