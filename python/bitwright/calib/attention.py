@@ -1,0 +1,90 @@
+"""One attention function with a door in it, so that v can wait where q and k are already known.
+
+Registered under one name in transformers' AttentionInterface *and* AttentionMaskInterface: a name
+known to the first alone gets no mask, without a word. It is sdpa with sdpa's mask, except where a
+model soft-caps its scores (`attn_logit_softcapping`, Gemma 2): sdpa cannot, so the model's own
+eager function runs with eager's mask. Probabilities are not returned: frames would hold them.
+
+Whoever holds the door (`watching`) sees each call before the probabilities are formed and gives
+back the `value` to use.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+
+NAME = "bitwright"
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One attention call: query (B, heads, L, d), key and value (B, KV heads, L, d), a mask or None
+    (then causal), and the options of the model (scaling, softcap, sliding_window)."""
+
+    module: nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    options: Mapping[str, Any]
+
+
+Watcher = Callable[[Call], torch.Tensor]
+
+
+class _Door(threading.local):
+    watcher: Watcher | None = None
+
+
+_door = _Door()
+
+
+@contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Every attention call of this thread gets its value from `watcher` while the `with` lasts."""
+    before, _door.watcher = _door.watcher, watcher
+    try:
+        yield
+    finally:
+        _door.watcher = before
+
+
+def register() -> str:
+    """Make NAME known to transformers (any number of times) and return it."""
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    return NAME
+
+
+def _mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return (eager_mask if capped else sdpa_mask)(*args, config=config, **kwargs)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    if _door.watcher is not None:
+        value = _door.watcher(Call(module, query, key, value, attention_mask, options))
+    if options.get("softcap") is None:
+        forward = sdpa_attention_forward
+    else:
+        forward = sys.modules[type(module).__module__].eager_attention_forward
+    out: torch.Tensor = forward(module, query, key, value, attention_mask, **options)[0]
+    return out, None

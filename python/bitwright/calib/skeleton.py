@@ -1,0 +1,210 @@
+"""A transformers model of which only the parts in use are real.
+
+The model stands on the meta device (`hollow`) and knows the name and shape of every weight.
+`fill(prefix)` reads the weights under a module path, `empty` drops them. Blocks run outside the
+model's own loop (`walk`):
+
+    embed(ids)      hidden states (B, L, h) before block 0; notes each block's masks and positions
+    forward_block   one real block with what was noted for this (B, L)
+    logits(hidden)  final norm, head and soft caps by the model's own code
+
+so embedding scales, projections and masks per layer type need no knowledge here. What a block gets
+besides hidden states must not depend on the tokens; that is compared at every `embed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from bitwright.calib import attention as door
+from bitwright.calib import hollow
+from bitwright.calib.walk import BlockCall, Walk, first, same
+from bitwright.spec import InputError, RefusedError
+
+ForwardDtype = Literal["float32", "bfloat16"]
+Read = Callable[[str], npt.NDArray[Any]]
+
+
+def forward_dtype() -> ForwardDtype:
+    """bfloat16 where the CPU multiplies it in hardware (AVX512-BF16 or AMX-BF16), else float32."""
+    fast = {"avx512_bf16", "amx_bf16"}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return "bfloat16" if fast & set(line.split()) else "float32"
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if any(known.get(flag) for flag in fast) else "float32"
+
+
+def as_tensor(array: npt.NDArray[Any]) -> torch.Tensor:
+    """A float array (ml_dtypes' bf16 included) as a tensor, on its memory where it is writable."""
+    array = np.ascontiguousarray(array)
+    array = array if array.flags.writeable else array.copy()
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+class Skeleton:
+    """The model of a checkpoint, empty until filled.
+
+    folder: where config.json lies, or a config. read: dense name -> float array. names: the dense
+    names there are; given as a mapping to shapes (or things with a shape), these are checked here,
+    otherwise when tensors are read. InputError names the tensor that is missing or misshapen, what
+    was wanted and what came.
+    """
+
+    def __init__(
+        self,
+        folder: Path | PreTrainedConfig,
+        read: Read,
+        names: Iterable[str],
+        dtype: ForwardDtype = "float32",
+        attention: str = door.NAME,
+    ) -> None:
+        door.register()
+        self._read = read
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.model = hollow.build(hollow.read_config(folder), self.dtype, attention)
+        self.block_path, self.blocks = hollow.find_blocks(self.model)
+        self.count = len(self.blocks)
+        self.slots = hollow.find_slots(self.model)
+        self.sources = hollow.find_sources(self.model, self.slots, names)
+        self.embeddings = self._path(self.model.get_input_embeddings)
+        self.head = self._path(self.model.get_output_embeddings)
+        self._calls: dict[tuple[int, int], list[BlockCall]] = {}
+        self._tuples = False
+
+    def _path(self, get: Callable[[], nn.Module | None]) -> str:
+        module = get()
+        return next((name for name, m in self.model.named_modules() if m is module), "")
+
+    def path(self, i: int) -> str:
+        """Module path of block i."""
+        return f"{self.block_path}.{i}"
+
+    def under(self, prefix: str) -> list[str]:
+        """Names of the tensors under a module path; all of them for ""."""
+        return [n for n in self.slots if not prefix or n == prefix or n.startswith(f"{prefix}.")]
+
+    def fill(self, prefix: str) -> None:
+        """Read the weights under `prefix` that are not there yet."""
+        for name in self.under(prefix):
+            self._fill(name)
+
+    def empty(self, prefix: str = "") -> None:
+        """Drop the weights under `prefix`; all of them for ""."""
+        for name in self.under(prefix):
+            slot = self.slots[name]
+            slot.table[slot.key] = slot.meta
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Use `tensor` as the weight `name`, in the dtype of the forward, until it is emptied."""
+        slot = self.slots[name]
+        hollow.check_shape(name, slot.meta.shape, tensor.shape)
+        tensor = tensor.to(slot.meta.dtype).contiguous()
+        is_parameter = isinstance(slot.meta, nn.Parameter)
+        slot.table[slot.key] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+
+    @contextmanager
+    def block(self, i: int) -> Iterator[nn.Module]:
+        """Block i with its weights, for as long as the `with` lasts."""
+        try:
+            self.fill(self.path(i))
+            yield self.blocks[i]
+        finally:
+            self.empty(self.path(i))
+
+    @torch.inference_mode()
+    def embed(self, ids: npt.NDArray[np.int64] | torch.Tensor) -> torch.Tensor:
+        """Hidden states (B, L, h) before the first block of token ids (B, L).
+
+        Fills what lies outside the blocks, except an untied head, and leaves it filled."""
+        self._fill_outside(leave=self.head)
+        tokens = torch.as_tensor(ids)
+        try:
+            walk = self._walk(None, input_ids=tokens)
+        except IndexError as error:
+            config = self.model.config.get_text_config()
+            raise InputError(
+                f"[skeleton] wanted ids below {config.vocab_size} in windows of at most "
+                f"{config.max_position_embeddings}, got ids up to {int(tokens.max())} in windows "
+                f"of {tokens.shape[1]}"
+            ) from error
+        self._remember((tokens.shape[0], tokens.shape[1]), walk.calls)
+        return walk.hidden
+
+    @torch.inference_mode()
+    def forward_block(self, i: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Block i, which must be filled, on hidden states (B, L, h)."""
+        call = self.call(i, hidden)
+        return first(self.blocks[i](hidden, *call.args, **call.kwargs))
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (B, L, vocabulary) of the last block's output: final norm and head.
+
+        Positions are independent: a slice along L gives the same rows. Fills what lies outside the
+        blocks, except untied input embeddings, and leaves it filled."""
+        self._fill_outside(leave=self.embeddings)
+        width = self.slots[f"{self.embeddings}.weight"].meta.shape[1]
+        blank = hidden.new_zeros((*hidden.shape[:2], width))
+        return self._walk(hidden.contiguous(), inputs_embeds=blank).logits
+
+    def call(self, i: int, hidden: torch.Tensor) -> BlockCall:
+        """What block i gets besides hidden states of this shape."""
+        shape = (hidden.shape[0], hidden.shape[1])
+        if shape not in self._calls:
+            self.embed(torch.zeros(shape, dtype=torch.int64))
+        return self._calls[shape][i]
+
+    def _fill(self, name: str) -> None:
+        slot = self.slots[name]
+        if not slot.table[slot.key].is_meta:
+            return
+        source = self.sources[name]
+        twins = (self.slots[n] for n, s in self.sources.items() if s == source and n != name)
+        real = next((t.table[t.key] for t in twins if not t.table[t.key].is_meta), None)
+        self.put(name, self._load(source) if real is None else real)
+
+    def _load(self, source: str) -> torch.Tensor:
+        array = self._read(source)
+        if array.dtype.kind not in "fV" or array.dtype.itemsize == 1:
+            raise InputError(f"[skeleton] wanted floats in tensor {source}, got {array.dtype}")
+        tensor = as_tensor(array)
+        if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+            raise InputError(f"[skeleton] wanted finite weights, got NaN or infinity in {source}")
+        return tensor
+
+    def _fill_outside(self, leave: str) -> None:
+        """Fill what lies in no block and not in the module `leave`."""
+        skip = {*self.under(self.block_path), *(self.under(leave) if leave else ())}
+        for name in self.slots:
+            if name not in skip:
+                self._fill(name)
+
+    def _walk(self, last: torch.Tensor | None, **inputs: Any) -> Walk:
+        walk = Walk(self.blocks, last, self._tuples).run(self.model, self.block_path, inputs)
+        if not walk.unpacked:
+            return walk
+        self._tuples = True
+        return Walk(self.blocks, last, self._tuples).run(self.model, self.block_path, inputs)
+
+    def _remember(self, shape: tuple[int, int], calls: list[BlockCall]) -> None:
+        known = self._calls.setdefault(shape, calls)
+        for i, (old, new) in enumerate(zip(known, calls, strict=True)):
+            if not same((old.args, old.kwargs), (new.args, new.kwargs)):
+                raise RefusedError(
+                    "[skeleton] wanted blocks whose arguments are the same for all tokens, got "
+                    f"{self.path(i)} of {type(self.model).__name__} with arguments that differ"
+                )
