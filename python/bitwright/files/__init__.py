@@ -1,0 +1,1 @@
+"""Bytes on disk to named arrays and back; knows nothing of quantization."""

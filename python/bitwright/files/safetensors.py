@@ -1,0 +1,233 @@
+"""The safetensors container: an 8-byte little-endian header length, a JSON header, the data.
+
+    {"__metadata__": {text: text}, name: {"dtype": "BF16", "shape": [n, k], "data_offsets": [a, b]}}
+
+Offsets count from the end of the header. A file is accepted only if the header is a JSON object
+without repeated keys, every extent has exactly the bytes of its shape, and the extents tile the
+data without holes or overlaps up to the end of the file. Tensors are read by pread into memory of
+their own, so that nothing stays mapped; files are written beside their destination, synced and
+renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from bitwright.spec import InputError
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "F32": np.dtype(np.float32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F64": np.dtype(np.float64),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LARGEST_HEADER = 100 << 20
+ALIGNMENT = 8  # of the data's start; the header is padded with spaces
+
+Layout = Mapping[str, tuple["np.dtype[Any]", tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: bytes begin .. end of the file."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+class SafetensorsFile:
+    """A safetensors file whose header has been checked against the file's size."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                header, start = _header(path, file, size)
+        except OSError as error:
+            raise InputError(f"[safetensors] could not open {path}: {error.strerror}") from error
+        self.metadata = _metadata(path, header.pop("__metadata__", {}))
+        self.entries = {name: _entry(path, name, fields, start) for name, fields in header.items()}
+        _check_tiling(path, self.entries, start, size)
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """The tensor of that name, in memory of its own."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise InputError(f"[safetensors] wanted tensor {name} in {self.path}, found none")
+        array = np.empty(math.prod(entry.shape), entry.dtype)
+        view = array.view(np.uint8).data
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(entry.begin)
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise InputError(f"[safetensors] {self.path} ends inside tensor {name}")
+                done += count
+        return array.reshape(entry.shape)
+
+
+def _header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, LARGEST_HEADER):
+        raise InputError(
+            f"[safetensors] wanted a header inside the {size} bytes of {path}, got one of {length}"
+        )
+    try:
+        header = json.loads(file.read(length), object_pairs_hook=_unique)
+    except ValueError as error:
+        raise InputError(
+            f"[safetensors] the header of {path} is not valid JSON: {error}"
+        ) from error
+    if not isinstance(header, dict):
+        raise InputError(
+            f"[safetensors] wanted a JSON object as header of {path}, got {type(header).__name__}"
+        )
+    return header, 8 + length
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
+    return found
+
+
+def _metadata(path: Path, metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise InputError(f"[safetensors] wanted text values in __metadata__ of {path}, got others")
+    return metadata
+
+
+def _entry(path: Path, name: str, fields: Any, start: int) -> Entry:
+    try:
+        dtype, shape = DTYPES[fields["dtype"]], tuple(fields["shape"])
+        begin, end = fields["data_offsets"]
+        numbers = (*shape, begin, end)
+        if any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"[safetensors] wanted dtype, shape and data_offsets of {name} in {path}, got {fields}"
+        ) from error
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise InputError(
+            f"[safetensors] wanted {math.prod(shape) * dtype.itemsize} bytes for {name} "
+            f"({fields['dtype']} {list(shape)}) in {path}, got the extent {begin} .. {end}"
+        )
+    return Entry(dtype, shape, start + begin, start + end)
+
+
+def _check_tiling(path: Path, entries: Mapping[str, Entry], start: int, size: int) -> None:
+    at = start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != at:
+            what = (
+                "overlaps what stands before it" if entry.begin < at else "leaves a hole before it"
+            )
+            raise InputError(f"[safetensors] tensor {name} of {path} {what}")
+        at = entry.end
+    if at != size:
+        what = "cut short" if at > size else "followed by bytes that belong to no tensor"
+        raise InputError(f"[safetensors] wanted {at} bytes in {path}, got {size}: it is {what}")
+
+
+def _encode(layout: Layout, metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, (dtype, shape) in layout.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % ALIGNMENT)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears at `path` complete, synced and by rename, or not at all.
+
+    InputError when the disk does not take it (full, read-only, quota)."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise InputError(f"[write] could not write {path}: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write(
+    path: Path,
+    layout: Layout,
+    produce: Callable[[str], npt.NDArray[Any]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes the tensors of `layout` in its order; each is asked for once and held alone."""
+    header = _encode(layout, metadata)
+    with atomic(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name, (dtype, shape) in layout.items():
+            array = np.ascontiguousarray(produce(name))
+            if array.dtype != dtype or array.shape != tuple(shape):
+                raise InputError(
+                    f"[safetensors] wanted {name} as {dtype} {tuple(shape)}, "
+                    f"got {array.dtype} {array.shape}"
+                )
+            file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def save(path: Path, arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> None:
+    """Writes arrays that are already in memory."""
+    layout = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    write(path, layout, arrays.__getitem__, metadata)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small text file whole or not at all."""
+    with atomic(path) as file:
+        file.write(text.encode())
