@@ -1,0 +1,261 @@
+"""compressed-tensors, format "pack-quantized": integer weights of 2 to 8 bits, weight only.
+
+Below the module path P of a linear (n, k), b bits, G groups in a row:
+
+    P.weight_packed      int32 (n, ceil(k b / 32))    codes along k, least significant bit first
+    P.weight_scale       model dtype (n, G)
+    P.weight_shape       int64 (2,)                   n, k
+    P.weight_zero_point  int32 (ceil(n b / 32), G)    zero points along n; asymmetric only
+    w = (code - zero) * scale                         computed in the dtype of the scale
+
+Codes and zero points are the unsigned ones: the library stores signed values plus 2^(b-1), which is
+the same. Words are one dense bitstream since library version 0.18; before, 3, 5, 6 and 7 bits were
+padded to whole values in a word, so only 2, 4 and 8 bits are written for readers of any age and the
+config's "version" says 0.18 or later. A tensor scheme is written as channel with its scale
+repeated.
+
+Readers (transformers 5.17 to 5.23 with compressed-tensors 0.19, run): rows that the group size does
+not divide fail in the first forward, so they are refused here; a transposed weight (GPT-2's Conv1D)
+is not a Linear to the reader, which leaves it with random weights, so it is refused. transformers
+5.23 loads asymmetric files only with CompressedTensorsConfig(dequantize=True), and several schemes
+in one file only without it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bitwright import ops, schemes
+from bitwright.spec import Arch, InputError, QTensor, RefusedError, Scheme, Target
+
+METHOD = "compressed-tensors"
+BITS = (2, 3, 4, 5, 6, 7, 8)
+LIBRARY = "0.19.0"  # the library version whose layout this is
+Array = npt.NDArray[Any]
+Getter = Callable[[str], Array]
+
+
+def refuse(targets: Sequence[Target], arch: Arch) -> str | None:  # noqa: ARG001
+    """Why these targets cannot be written, or None; one sentence that names a linear."""
+    for target in targets:
+        scheme = target.scheme
+        if target.linear.transposed:
+            return (
+                f"[compressed-tensors] {target.name} is stored transposed (Conv1D): its reader "
+                "would "
+                "leave it with random weights; --format gptq holds it"
+            )
+        if scheme is None:
+            continue
+        if scheme.bits not in BITS:
+            return f"[compressed-tensors] {target.name}: {scheme.name} wants 2 to 8 bits"
+        if target.shape[1] % scheme.columns(target.shape[1]):
+            return f"[compressed-tensors] {target.name}: {short_group(scheme, target.shape[1])}"
+    return None
+
+
+def short_group(scheme: Scheme, k: int) -> str:
+    """The sentence for a group size that does not divide the row, with those that do."""
+    fits = [f"g{g}" for g in (16, 32, 64, 128, 256) if k % g == 0]
+    return (
+        f"groups of {scheme.group} do not divide its rows of {k} columns, and no reader takes "
+        "a short "
+        f"last group; {', '.join([*fits, 'channel'])} would work"
+    )
+
+
+def notes(targets: Sequence[Target]) -> tuple[str, ...]:
+    """What a user must know to load the file."""
+    found = {target.scheme for target in targets if target.scheme is not None}
+    said = []
+    if any(not scheme.symmetric for scheme in found):
+        said.append(
+            "transformers 5.23 loads asymmetric compressed-tensors files only with "
+            "quantization_config=CompressedTensorsConfig(dequantize=True)"
+        )
+    if len(found) > 1:
+        said.append(
+            "transformers 5.23 loads several schemes in one compressed-tensors file only without "
+            "dequantize=True"
+        )
+    if any(scheme.bits in (3, 5, 6, 7) for scheme in found):
+        said.append("3, 5, 6 and 7 bits need compressed-tensors 0.18 or later to be read right")
+    return tuple(said)
+
+
+def _groups(shape: tuple[int, int], scheme: Scheme) -> int:
+    return scheme.groups(shape[1])
+
+
+def _words(values: int, bits: int) -> int:
+    return -(-values * bits // 32)
+
+
+def layout(
+    name: str, shape: tuple[int, int], scheme: Scheme, dtype: np.dtype[Any]
+) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Names, dtypes and shapes of the tensors of one linear."""
+    n, k = shape
+    groups, int32 = _groups(shape, scheme), np.dtype(np.int32)
+    tensors: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+        f"{name}.weight_packed": (int32, (n, _words(k, scheme.bits))),
+        f"{name}.weight_scale": (dtype, (n, groups)),
+        f"{name}.weight_shape": (np.dtype(np.int64), (2,)),
+    }
+    if not scheme.symmetric:
+        tensors[f"{name}.weight_zero_point"] = (int32, (_words(n, scheme.bits), groups))
+    return tensors
+
+
+def write(name: str, q: QTensor, dtype: np.dtype[Any]) -> dict[str, Array]:
+    """The tensors of one linear; RefusedError if its scales are not exact in `dtype`."""
+    scale = q.scales.astype(dtype)
+    if not np.array_equal(scale.astype(np.float32), q.scales):
+        raise RefusedError(
+            f"[compressed-tensors] {name}: its scales are not exact in {dtype}, the model's dtype; "
+            "quantize with the default scale grid"
+        )
+    bits = q.scheme.bits
+    tensors: dict[str, Array] = {
+        f"{name}.weight_packed": ops.pack(q.codes, bits).view(np.int32),
+        f"{name}.weight_scale": scale,
+        f"{name}.weight_shape": np.array(q.shape, np.int64),
+    }
+    if not q.scheme.symmetric:
+        zeros = ops.pack(np.ascontiguousarray(q.zeros.T), bits)
+        tensors[f"{name}.weight_zero_point"] = np.ascontiguousarray(zeros.T).view(np.int32)
+    return tensors
+
+
+def _scheme_of(weights: Mapping[str, Any]) -> Scheme:
+    strategy, bits = weights.get("strategy"), weights.get("num_bits")
+    group = weights.get("group_size") or 0
+    where = f"g{group}" if strategy == "group" and group > 0 else "channel"
+    if weights.get("type", "int") != "int" or strategy not in ("group", "channel"):
+        raise RefusedError(
+            "[compressed-tensors] wanted integer weights by group or channel, got "
+            f"{weights.get('type')} "
+            f"by {strategy}"
+        )
+    return schemes.parse(f"int{bits}-{where}{'' if weights.get('symmetric', True) else '-asym'}")
+
+
+def scheme(name: str, config: Mapping[str, Any]) -> Scheme | None:
+    """The scheme that a quantization_config gives the module `name`; None: not quantized."""
+    if any(_matches(pattern, name) for pattern in config.get("ignore") or ()):
+        return None
+    groups = list(config.get("config_groups", {}).values())
+    exact = [g for g in groups if any(_matches(t, name) for t in g["targets"] if t != "Linear")]
+    general = [g for g in groups if "Linear" in g["targets"]]
+    for group in (*exact, *general):
+        return _scheme_of(group["weights"])
+    return None
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return pattern == name
+
+
+def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
+    """The linear `name` of a checkpoint whose tensors `get` gives."""
+    wanted = scheme(name, config)
+    if wanted is None or config.get("format") != "pack-quantized":
+        raise InputError(
+            f"[compressed-tensors] wanted {name} as pack-quantized, got {config.get('format')}"
+        )
+    n, k = (int(size) for size in get(f"{name}.weight_shape"))
+    codes = ops.unpack(get(f"{name}.weight_packed").view(np.uint32), wanted.bits, k)
+    scales = get(f"{name}.weight_scale").astype(np.float32)
+    if wanted.symmetric:
+        zeros = np.full(scales.shape, 1 << (wanted.bits - 1), np.uint8)
+    else:
+        words = np.ascontiguousarray(get(f"{name}.weight_zero_point").T).view(np.uint32)
+        zeros = np.ascontiguousarray(ops.unpack(words, wanted.bits, n).T)
+    return QTensor(codes, scales, zeros, wanted)
+
+
+def quantized(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:  # noqa: ARG001
+    """Module paths of the quantized linears among these tensor names."""
+    end = ".weight_packed"
+    return [name.removesuffix(end) for name in names if name.endswith(end)]
+
+
+def shape(
+    name: str,
+    shapes: Mapping[str, tuple[int, ...]],  # noqa: ARG001
+    get: Getter,
+) -> tuple[int, int]:
+    """(n, k) of a quantized linear."""
+    n, k = (int(size) for size in get(f"{name}.weight_shape"))
+    return n, k
+
+
+def _weights(wanted: Scheme) -> dict[str, Any]:
+    return {
+        "num_bits": wanted.bits,
+        "type": "int",
+        "symmetric": wanted.symmetric,
+        "strategy": "group" if wanted.group > 0 else "channel",
+        "group_size": wanted.group if wanted.group > 0 else None,
+        "block_structure": None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+
+
+def config(targets: Sequence[Target], version: str) -> dict[str, Any]:
+    """The quantization_config of config.json."""
+    by_scheme: dict[Scheme, list[str]] = {}
+    for target in targets:
+        if target.scheme is not None:
+            by_scheme.setdefault(target.scheme, []).append(target.name)
+    alone = len(by_scheme) == 1
+    groups = {
+        f"group_{i}": {
+            "targets": ["Linear"] if alone else names,
+            "format": "pack-quantized",
+            "weights": _weights(wanted),
+            "input_activations": None,
+            "output_activations": None,
+        }
+        for i, (wanted, names) in enumerate(by_scheme.items())
+    }
+    return {
+        "quant_method": METHOD,
+        "version": LIBRARY,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "ignore": ["lm_head", *(t.name for t in targets if t.scheme is None)],
+        "kv_cache_scheme": None,
+        "sparsity_config": {},
+        "transform_config": {},
+        "config_groups": groups,
+        "producer": f"bitwright {version}",
+    }
+
+
+def side_files(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:  # noqa: ARG001
+    """Files beside config.json: none."""
+    return {}
+
+
+def load_line(path: Path, config: Mapping[str, Any]) -> str:
+    """The line that loads a written folder in transformers."""
+    asymmetric = any(not g["weights"]["symmetric"] for g in config["config_groups"].values())
+    if not asymmetric:
+        return f'AutoModelForCausalLM.from_pretrained("{path}")'
+    return (
+        f'AutoModelForCausalLM.from_pretrained("{path}", '
+        "quantization_config=CompressedTensorsConfig(dequantize=True))"
+    )

@@ -1,0 +1,74 @@
+"""Float weights of any checkpoint, under the names of the float model."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bitwright import archs, ops, registry
+from bitwright.files.checkpoint import Checkpoint
+from bitwright.spec import InputError, QTensor
+
+
+class Dense:
+    """A view of a checkpoint: quantized modules appear as "<module>.weight", float32, as the
+    float model stores them: (out, in), or (in, out) where the architecture says so."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config: dict[str, Any] = checkpoint.config.get("quantization_config") or {}
+        self.format: ModuleType | None = None
+        self.modules: tuple[str, ...] = ()
+        if self.config:
+            method = str(self.config.get("quant_method", "")).replace("_", "-")
+            if method not in registry.names("formats"):
+                raise InputError(
+                    "[dense] wanted a checkpoint in one of "
+                    f"{', '.join(registry.names('formats'))}, "
+                    f"got quant_method {method!r} in {checkpoint.path}"
+                )
+            self.format = registry.get("formats", method)
+            self.modules = tuple(self.format.quantized(self.config, checkpoint.entries))
+        self._quantized = {f"{module}.weight": module for module in self.modules}
+        arch = archs.find(checkpoint.config)
+        linears = [] if arch is None else [x for group in arch.groups for x in group.linears]
+        self._transposed = tuple(f".{x.name}.weight" for x in linears if x.transposed)
+
+    def names(self) -> list[str]:
+        """Names of the float model's tensors."""
+        parts = tuple(f"{module}." for module in self.modules)
+        plain = [
+            n for n in self.checkpoint.entries if not n.startswith(parts) or n.endswith(".bias")
+        ]
+        return [*plain, *self._quantized]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        entries = self.checkpoint.entries
+        if self.format is None or name not in self._quantized:
+            return entries[name][0]
+        shapes = {key: entry[0] for key, entry in entries.items()}
+        n, k = self.format.shape(self._quantized[name], shapes, self.checkpoint.read)
+        return (k, n) if name.endswith(self._transposed) else (n, k)
+
+    def quantized(self, module: str) -> QTensor:
+        """The QTensor of a quantized module."""
+        if self.format is None:
+            raise InputError(f"[dense] wanted {module} quantized, {self.checkpoint.path} is float")
+        q: QTensor = self.format.read(module, self.checkpoint.read, self.config)
+        return q
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """A float tensor; quantized ones dequantized to float32."""
+        module = self._quantized.get(name)
+        if module is None:
+            return self.checkpoint.read(name)
+        W = ops.decode(self.quantized(module))
+        return np.ascontiguousarray(W.T) if name.endswith(self._transposed) else W
+
+
+def dense(checkpoint: Checkpoint) -> Dense:
+    """The float view of a checkpoint, quantized by a known format or not at all."""
+    return Dense(checkpoint)
