@@ -109,4 +109,4 @@ def test_parked_bytes_of_a_llama_by_hand():
     got = parked_bytes(arch, lambda name: shapes[name.rsplit(".", 1)[-1]], tokens=10, itemsize=2)
     qkv = h + 2 * kv
     want = [2 * h, 2 * h + qkv, 2 * h + qkv + h, 3 * h, 3 * h + inner]
-    assert list(got) == [20 * w for w in want]
+    assert list(got.values()) == [20 * w for w in want]

@@ -334,7 +334,7 @@ def test_parked_bytes_bound_what_is_held(case):
         return {x.name: weights[f"{arch.blocks}.0.{x.name}"] for x in group.linears}
 
     Capture(body, arch, Keeper).run_block(0, hidden, solve)
-    shares = [count / planned for count, planned in zip(held, plan, strict=True)]
+    shares = [count / planned for count, planned in zip(held, plan.values(), strict=True)]
     assert 0.5 <= min(shares) <= max(shares) <= 1.05, shares
 
 

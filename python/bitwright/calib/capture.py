@@ -35,6 +35,7 @@ from greenlet import GreenletExit, getcurrent, greenlet  # type: ignore[import-u
 from torch import nn
 
 from bitwright.calib import attention
+from bitwright.calib.memory import trim
 from bitwright.calib.skeleton import Skeleton, as_tensor
 from bitwright.calib.walk import first
 from bitwright.spec import Arch, Group, InputError, RefusedError, Stats
@@ -189,6 +190,7 @@ class _Run:
         stats = self._stats(g, collector) if shared is None else shared
         follows = g + 1 < len(self.groups) and self.groups[g + 1].inside_attention
         self.before = (g, head, stats) if follows else None
+        trim()
         return stats
 
     def finish(self) -> list[torch.Tensor]:
@@ -198,6 +200,7 @@ class _Run:
         while self.batches:
             outputs.append(self._advance(self.batches[0]))
             del self.batches[0]
+        trim()
         return outputs
 
     def _advance(self, batch: _Batch) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Sums over the calibration tokens of one linear input: H = X^T X / tokens and column statistics.
 
-H is normalised by the token count, once, here. Products are float32, sums over 512 tokens too, above
-that double (csrc/ops/stats.cpp), so the result does not drift with the number of tokens.
+H is normalised by the token count, once, here. Products are float32, sums over 512 tokens too,
+above that double (csrc/ops/stats.cpp), so the result does not drift with the number of tokens.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class StatsCollector:
             raise InputError("[stats] wanted at least one token, got none: the input never arrived")
         if not np.isfinite(self._absolute).all():
             column = int(np.flatnonzero(~np.isfinite(self._absolute))[0])
-            raise InputError(f"[stats] wanted finite inputs, got NaN or infinity in column {column}")
+            raise InputError(
+                f"[stats] wanted finite inputs, got NaN or infinity in column {column}"
+            )
         if self._H is not None:
             ops.mirror(self._H)
             self._H /= self.tokens
         mean_abs = (self._absolute / self.tokens).astype(np.float32)
-        return Stats(
-            self.tokens, self._H, mean_abs, self._abs_max, self._minimum, self._maximum
-        )
+        return Stats(self.tokens, self._H, mean_abs, self._abs_max, self._minimum, self._maximum)
