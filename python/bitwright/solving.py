@@ -18,16 +18,21 @@ from bitwright.spec import F32, Group, InputError, QTensor, Report, Scheme, Stat
 from bitwright.spool import Finished, Spool
 from bitwright.transforms import awq, fold
 
-CLIP_SKIPS = ("attn.q", "attn.k")  # AWQ: rows that attention multiplies with each other keep their range
+CLIP_SKIPS = (
+    "attn.q",
+    "attn.k",
+)  # AWQ: rows that attention multiplies with each other keep their range
 
 
 class BlockSolver:
     """Solves the groups of one block; `done` and `solve` are what calib.capture asks for."""
 
-    def __init__(self, job: Job, spool: Spool, block: int, finished: Callable[[Target], None]) -> None:
+    def __init__(
+        self, job: Job, spool: Spool, block: int, finished: Callable[[Target], None]
+    ) -> None:
         self.job, self.spool, self.block, self.finished = job, spool, block, finished
-        self._prepared: dict[tuple[int, Scheme], Any] = {}
-        self._scaled: dict[str, tuple[Stats, Stats]] = {}
+        self._prepared: tuple[Stats | None, Scheme, Any] | None = None
+        self._scaled: tuple[Stats, Stats] | None = None
 
     def done(self, group: Group) -> dict[str, F32] | None:
         """Weights of a group that needs no statistics: all of it is finished, or kept in float."""
@@ -37,7 +42,9 @@ class BlockSolver:
         return {target.linear.name: self._load(target).dense() for target in wanted}
 
     def solve(self, group: Group, stats: Stats) -> dict[str, F32]:
-        """Solves what is left of a group and returns the weights (n, k) that its linears now have."""
+        """Solves what is left of a group and returns the weights (n, k) that its linears now
+        have.
+        """
         wanted = self.job.wanted(self.block, group)
         scales, exponent = self._rescale(group, stats)
         weights = {}
@@ -47,7 +54,15 @@ class BlockSolver:
             else:
                 done = self._finish(group, target, stats, scales, exponent)
             weights[target.linear.name] = done.dense()
+        if not self._shared_with_next(group):
+            self._prepared = self._scaled = None
         return weights
+
+    def _shared_with_next(self, group: Group) -> bool:
+        """Whether the next group (v) may have the same inputs: H and its factor are kept for it."""
+        groups = self.job.arch.groups
+        at = groups.index(group) + 1
+        return at < len(groups) and groups[at].inside_attention
 
     def solve_alone(self, target: Target) -> None:
         """Data-free rounding of one linear."""
@@ -105,20 +120,23 @@ class BlockSolver:
         """The statistics that the solver sees: those of the inputs behind the rescaled norm."""
         if stats is None or scales is None or group.norm is None:
             return stats
-        known = self._scaled.get(group.norm)
-        if known is None or known[0] is not stats:
-            self._scaled[group.norm] = known = (stats, fold.scale_stats(stats, scales))
-        return known[1]
+        if self._scaled is None or self._scaled[0] is not stats:
+            self._scaled = (stats, fold.scale_stats(stats, scales))
+        return self._scaled[1]
 
-    def _prepare(self, solver: Any, stats: Stats | None, scheme: Scheme, options: dict[str, Any]) -> Any:
+    def _prepare(
+        self, solver: Any, stats: Stats | None, scheme: Scheme, options: dict[str, Any]
+    ) -> Any:
         """What all matrices with these inputs share, computed once."""
-        key = (id(stats), scheme)
-        if key not in self._prepared:
-            self._prepared = {key: solver.prepare(stats, scheme, **options)}
-        return self._prepared[key]
+        known = self._prepared
+        if known is None or known[0] is not stats or known[1] != scheme:
+            self._prepared = known = (stats, scheme, solver.prepare(stats, scheme, **options))
+        return known[2]
 
     def _rescale(self, group: Group, stats: Stats) -> tuple[F32 | None, float | None]:
-        """The exact column scales of the group's norm and their exponent; None where there are none."""
+        """The exact column scales of the group's norm and their exponent; None where there are
+        none.
+        """
         if not self.job.recipe.method.startswith("awq") or group.norm is None:
             return None, None
         name = f"{self.job.skeleton.path(self.block)}.{group.norm}"
@@ -129,9 +147,7 @@ class BlockSolver:
                 return None, None
         return known[0]["scales"], known[1]
 
-    def _plan_norm(
-        self, name: str, norm: str, stats: Stats
-    ) -> tuple[dict[str, Any], float] | None:
+    def _plan_norm(self, name: str, norm: str, stats: Stats) -> tuple[dict[str, Any], float] | None:
         readers = [
             self.job.target(self.block, linear)
             for group in self.job.arch.groups
@@ -149,5 +165,3 @@ class BlockSolver:
         arrays = {"gain": gain, "scales": exact} | ({} if bias is None else {"bias": bias})
         self.spool.save_norm(name, arrays, plan.exponent)
         return arrays, plan.exponent
-
-
