@@ -1,11 +1,12 @@
 """How far a quantized model is from its original: perplexity and KL divergence on the same text.
 
-    KL = sum_v p(v) (log p(v) - log q(v)) in nats, p the original; mean, median, 99 % over all positions
-    perplexity = exp(mean negative log-likelihood of the next token) over all but the last position
+    KL = sum_v p(v) (log p(v) - log q(v)) in nats, p the original; mean, median, 99 % over all
+    positions perplexity = exp(mean negative log-likelihood of the next token) over all but the last
+    position
 
-The text is tokenised without special tokens and cut into its first `windows` consecutive windows. Both
-models run in float32, block by block from disk: memory holds one block, the hidden states, the heads
-and a few hundred rows of logits.
+The text is tokenised without special tokens and cut into its first `windows` consecutive windows.
+Both models run in float32, block by block from disk: memory holds one block, the hidden states, the
+heads and a few hundred rows of logits.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ TOKENS_PER_BATCH = 2048  # of one forward call
 @dataclass(frozen=True)
 class Evaluation:
     """A comparison. KL in nats; top1: share of positions with the same most likely token;
-    bits_per_weight: of the quantized matrices, scales and zero points included; seconds per forward."""
+    bits_per_weight: of the quantized matrices, scales and zero points included; seconds per
+    forward."""
 
     base: str
     quantized: str
@@ -68,7 +70,8 @@ def windows_of(text: str, folder: Path, windows: int, length: int) -> npt.NDArra
     want = windows * length
     if len(ids) < want:
         raise InputError(
-            f"[evaluate] wanted {windows} windows of {length} = {want} tokens, the text has {len(ids)}"
+            f"[evaluate] wanted {windows} windows of {length} = {want} tokens, the text has "
+            f"{len(ids)}"
         )
     return np.asarray(ids[:want], np.int64).reshape(windows, length)
 
@@ -125,7 +128,9 @@ def _chunks(
 
 
 @torch.inference_mode()
-def _score(base: _Model, quant: _Model, ids: npt.NDArray[np.int64], progress: Progress) -> dict[str, Any]:
+def _score(
+    base: _Model, quant: _Model, ids: npt.NDArray[np.int64], progress: Progress
+) -> dict[str, Any]:
     progress.start(base.skeleton.count + quant.skeleton.count, "evaluate")
     pairs = _chunks(base.hidden(ids, progress), quant.hidden(ids, progress))
     kl: list[npt.NDArray[np.float64]] = []

@@ -7,7 +7,6 @@ appears complete or not at all. A tensor that nobody quantized is copied as it i
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,19 +20,17 @@ import numpy.typing as npt
 from bitwright import ops
 from bitwright.files.checkpoint import Checkpoint, copy_side_files, write_checkpoint
 from bitwright.progress import Progress
-from bitwright.spec import BitwrightError, InputError, QTensor, Target
+from bitwright.spec import InputError, QTensor, Target, VerificationError
 
 REPORT = "bitwright-report.json"
 
 
-class VerificationError(BitwrightError):
-    """What was written does not read back as what was meant."""
-
-
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What there is to write. names: checkpoint tensor -> name to write it under; quantized: QTensor
-    of a target by name; overrides: tensors that replace the checkpoint's (rescaled norms)."""
+    """What there is to write. names: checkpoint tensor -> name to write it under; quantized:
+    QTensor of a target by name; overrides: tensors that replace the checkpoint's (rescaled
+    norms).
+    """
 
     checkpoint: Checkpoint
     names: Mapping[str, str]
@@ -43,7 +40,9 @@ class Result:
 
 
 def check_destination(out: Path, overwrite: bool) -> None:
-    """InputError unless `out` is free, empty, or an older result of ours that may be overwritten."""
+    """InputError unless `out` is free, empty, or an older result of ours that may be
+    overwritten.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir() or not (out / REPORT).exists():
@@ -109,7 +108,8 @@ def _verify(folder: Path, writer: _Writer, config: dict[str, Any], progress: Pro
         want, got = result.quantized(module), writer.format.read(module, written.read, config)
         if not np.array_equal(ops.decode(want), ops.decode(got)):
             raise VerificationError(
-                f"[verify] {module} does not read back from {writer.format.__name__.split('.')[-1]} "
+                f"[verify] {module} does not read back from "
+                f"{writer.format.__name__.split('.')[-1]} "
                 f"as the weights that were meant"
             )
         progress.advance()
@@ -151,7 +151,8 @@ def export(
     progress: Progress,
     finish: Callable[[Path], None],
 ) -> None:
-    """Writes `result` in format module `fmt` to folder `out`; `finish(folder)` adds report and card.
+    """Writes `result` in format module `fmt` to folder `out`; `finish(folder)` adds report and
+    card.
 
     VerificationError when it does not read back as meant; InputError when the disk is full. Either
     way nothing is left at `out`."""
@@ -175,6 +176,6 @@ def _replace(building: Path, out: Path) -> None:
     old = out.with_name(f"{out.name}.old")
     if out.exists():
         shutil.rmtree(old, ignore_errors=True)
-        os.replace(out, old)
-    os.replace(building, out)
+        out.replace(old)
+    building.replace(out)
     shutil.rmtree(old, ignore_errors=True)

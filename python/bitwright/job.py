@@ -1,7 +1,9 @@
-"""What a run is about: checkpoint, architecture, and what is to become of each matrix. Nothing runs here.
+"""What a run is about: checkpoint, architecture, and what is to become of each matrix. Nothing runs
+here.
 
 Opening a job refuses everything that can be refused without reading a weight: an unusable folder, a
-model that is already quantized, shapes that contradict the config, schemes that the format cannot hold.
+model that is already quantized, shapes that contradict the config, schemes that the format cannot
+hold.
 """
 
 from __future__ import annotations
@@ -63,9 +65,13 @@ class Job:
     def weight(self, target: Target) -> F32:
         """The float32 weights (n, k) of a target; InputError if one is not finite."""
         stored = self.read(target.name)
-        W = np.ascontiguousarray((stored.T if target.linear.transposed else stored).astype(np.float32))
+        W = np.ascontiguousarray(
+            (stored.T if target.linear.transposed else stored).astype(np.float32)
+        )
         if not np.isfinite(W).all():
-            raise InputError(f"[job] wanted finite weights, got NaN or infinity in {target.name}.weight")
+            raise InputError(
+                f"[job] wanted finite weights, got NaN or infinity in {target.name}.weight"
+            )
         return W
 
 

@@ -32,13 +32,25 @@ def _weights(W: Any) -> F32:
 
 @overload
 def quantize_matrix(
-    W: Any, H: Any = ..., scheme: str | Scheme = ..., *, method: str | None = ...,
-    tokens: int | None = ..., report: Literal[False] = ..., **options: Any,
+    W: Any,
+    H: Any = ...,
+    scheme: str | Scheme = ...,
+    *,
+    method: str | None = ...,
+    tokens: int | None = ...,
+    report: Literal[False] = ...,
+    **options: Any,
 ) -> QTensor: ...
 @overload
 def quantize_matrix(
-    W: Any, H: Any = ..., scheme: str | Scheme = ..., *, method: str | None = ...,
-    tokens: int | None = ..., report: Literal[True], **options: Any,
+    W: Any,
+    H: Any = ...,
+    scheme: str | Scheme = ...,
+    *,
+    method: str | None = ...,
+    tokens: int | None = ...,
+    report: Literal[True],
+    **options: Any,
 ) -> tuple[QTensor, Report]: ...
 def quantize_matrix(
     W: Any,

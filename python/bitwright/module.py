@@ -1,65 +1,211 @@
-"""A transformers model in memory: quantized in place, through the same road as a checkpoint on disk."""
+"""The door: `quantize` takes a checkpoint folder, a hub id, or a model in memory.
+
+A transformers model is quantized in place through the same road as a checkpoint on disk: saved,
+quantized block by block, and its linears get the dequantized weights. Any other torch module is
+handled where it stands: hooks collect the statistics of every linear while the calibration batches
+run through it once, unquantized, and each linear is then solved on its own.
+"""
 
 from __future__ import annotations
 
 import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
-from bitwright import ops, pipeline
-from bitwright.calib.skeleton import as_tensor
+from bitwright import ops, pipeline, plan, registry
+from bitwright import recipe as recipes
+from bitwright.calib.skeleton import ForwardDtype, as_tensor
+from bitwright.calib.stats import StatsCollector
 from bitwright.files.checkpoint import Checkpoint, copy_side_files
-from bitwright.formats.dense import dense
+from bitwright.files.hub import resolve
+from bitwright.formats.dense import Dense, dense
+from bitwright.progress import Progress, silent
 from bitwright.report import RunReport
-from bitwright.spec import InputError, RefusedError
+from bitwright.spec import InputError, Recipe, RefusedError, Report, Scheme, Stats
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    if not hasattr(model, "save_pretrained") or not isinstance(model, torch.nn.Module):
-        raise RefusedError(
-            f"[quantize] wanted a checkpoint folder or a transformers model, got {type(model).__name__}"
-        )
+def quantize(
+    model_or_path: Any,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    work: str | Path | None = None,
+    threads: int | None = None,
+    dtype: ForwardDtype | None = None,
+    max_shard_size: int = pipeline.MAX_SHARD_SIZE,
+    memory: int | None = None,
+    strict: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    **wishes: Any,
+) -> RunReport:
+    """Quantizes a checkpoint (folder or hub id) into the folder `out`, or a model in place.
+
+    recipe: a Recipe, a dict, or a YAML / JSON file. wishes: its fields as keywords, e.g.
+    scheme="int4-g64", method="gptq", format="compressed-tensors", samples=128, length=512.
+    calibration: text or JSONL file, data set, list of strings, token ids (N, length), or None for
+    the shipped text; for a module that is no transformers model an iterable of its inputs.
+    tokenizer: for a model in memory that was not loaded from a folder with one. work: folder for
+    what is finished (default OUT.work, removed at the end). threads: of the C++ core. memory: bytes
+    that the run may take; where parked activations do not fit, blocks run again for each group.
+    max_shard_size: bytes. strict: a fallback is an error. Returns the report that also lies in
+    `out`. Errors: InputError, RefusedError (ValueErrors), NumericalError, VerificationError.
+    """
+    wish = recipes.merge(recipe, wishes)
+    if isinstance(model_or_path, str | Path) and out is None:
+        raise InputError("[quantize] wanted out=, a folder to write to, got none")
+    keywords = {
+        "calibration": calibration, "threads": threads, "dtype": dtype, "memory": memory,
+        "max_shard_size": max_shard_size, "strict": strict, "overwrite": overwrite,
+        "progress": progress, "work": None if work is None else Path(work),
+    }  # fmt: skip
+    if isinstance(model_or_path, str | Path) and out is not None:
+        return pipeline.quantize(resolve(model_or_path), Path(out), wish, **keywords)
+    if isinstance(model_or_path, PreTrainedModel):
+        return _transformers(model_or_path, tokenizer, out, wish, keywords)
+    if isinstance(model_or_path, nn.Module):
+        return _plain(model_or_path, wish, calibration, strict)
+    raise RefusedError(
+        f"[quantize] wanted a checkpoint folder or a torch module, got {type(model_or_path).__name__}"
+    )
+
+
+def _transformers(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    out: str | Path | None,
+    recipe: Recipe,
+    keywords: dict[str, Any],
+) -> RunReport:
+    with tempfile.TemporaryDirectory(prefix="bitwright-") as scratch:
+        source = Path(scratch) / "model"
+        target = Path(scratch) / "out" if out is None else Path(out)
+        _save(model, tokenizer, source)
+        report = pipeline.quantize(source, target, recipe, **keywords)
+        _load_into(model, dense(Checkpoint(target)), report)
+    return replace(report, base=str(getattr(model, "name_or_path", "") or type(model).__name__))
+
+
+def _save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     model.save_pretrained(folder)
+    origin = Path(str(getattr(model, "name_or_path", "") or "."))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    origin = Path(str(getattr(model, "name_or_path", "") or "."))
-    if tokenizer is None and (origin / "tokenizer_config.json").is_file():
+    elif (origin / "tokenizer_config.json").is_file():
         copy_side_files(origin, folder)
 
 
-def quantize_module(
-    model: Any, out: str | Path | None = None, *, tokenizer: Any = None, **keywords: Any
-) -> RunReport:
-    """Quantizes a transformers model in place: its linears get the dequantized weights, in its dtype.
+@torch.no_grad()
+def _load_into(model: PreTrainedModel, view: Dense, report: RunReport) -> None:
+    """Every weight of a linear, and every norm that absorbed column scales, as written."""
+    changed = {linear.name for linear in report.linears}
+    if report.recipe.method.startswith("awq"):
+        changed |= {n for n, m in model.named_modules() if "norm" in type(m).__name__.lower()}
+    written = set(view.names())
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] in changed and name in written:
+            parameter.copy_(as_tensor(ops.as_numpy(view.read(name))))
 
-    out: where to keep the quantized checkpoint too (None: nowhere). tokenizer: for calibration text,
-    where the model was not loaded from a folder that has one. keywords: as `pipeline.quantize`.
-    """
-    with tempfile.TemporaryDirectory(prefix="bitwright-") as scratch:
-        source, target = Path(scratch) / "model", Path(scratch) / "out" if out is None else Path(out)
-        _save(model, tokenizer, source)
-        report = pipeline.quantize(source, target, **keywords)
-        checkpoint = Checkpoint(target)
-        view = dense(checkpoint)
-        modules = dict(model.named_modules())
-        with torch.no_grad():
-            for linear in report.linears:
-                if linear.name not in modules:
-                    raise InputError(f"[quantize] wanted {linear.name} in the model, found none")
-                weight = modules[linear.name].weight
-                weight.copy_(as_tensor(view.read(f"{linear.name}.weight")))
-            _copy_norms(view, modules, report)
+
+@torch.no_grad()
+def _plain(module: nn.Module, recipe: Recipe, calibration: Any, strict: bool) -> RunReport:
+    if recipe.method.startswith("awq"):
+        raise RefusedError(
+            f"[quantize] wanted a transformers model for {recipe.method}, whose norms absorb the "
+            f"column scales, got {type(module).__name__}; rtn and gptq work"
+        )
+    begin = time.perf_counter()
+    linears = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+    if not linears:
+        raise InputError(f"[quantize] wanted nn.Linear in {type(module).__name__}, found none")
+    schemes, unused = recipes.resolve(recipe, tuple(linears))
+    wanted = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+    stats = {} if recipe.method == "rtn" else _observe(module, linears, wanted, calibration)
+    solved = [
+        _solve(name, linears[name], scheme, stats.get(name), recipe)
+        for name, scheme in wanted.items()
+    ]
+    tokens = max((one.tokens for one in solved), default=0)
+    report = RunReport(
+        base=type(module).__name__,
+        recipe=recipe,
+        calibration=f"{tokens} rows of given inputs" if stats else "none: data-free",
+        tokens=tokens,
+        linears=tuple(solved),
+        skipped=tuple(name for name, scheme in schemes.items() if scheme is None),
+        notes=("every linear was solved on the inputs of the unquantized module",) if stats else (),
+        unused_overrides=unused,
+        versions={name: version(name) for name in ("bitwright", "torch", "numpy")},
+        isa=ops.isa(),
+        threads=ops.threads(),
+        seconds={"total": time.perf_counter() - begin},
+        peak_rss=plan.resident_bytes(peak=True),
+    )
+    if strict:
+        report.raise_if_strict()
     return report
 
 
-def _copy_norms(view: Any, modules: dict[str, Any], report: RunReport) -> None:
-    """Column scales that moved into norms must reach the model as well."""
-    if not report.recipe.method.startswith("awq"):
-        return
-    for name, module in modules.items():
-        for part in ("weight", "bias"):
-            parameter = getattr(module, part, None)
-            if "norm" in type(module).__name__.lower() and isinstance(parameter, torch.nn.Parameter):
-                parameter.copy_(as_tensor(ops.as_numpy(view.read(f"{name}.{part}"))))
+def _observe(
+    module: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    wanted: Mapping[str, Scheme],
+    calibration: Any,
+) -> dict[str, Stats]:
+    if not isinstance(calibration, Iterable) or isinstance(calibration, str | bytes):
+        raise InputError(
+            f"[quantize] wanted calibration=, an iterable of inputs of {type(module).__name__}, got "
+            f"{type(calibration).__name__}; method rtn needs none"
+        )
+    collectors = {name: StatsCollector(linears[name].in_features) for name in wanted}
+
+    def hook(collector: StatsCollector, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        collector.update(args[0].detach().cpu())
+
+    handles = [
+        linears[name].register_forward_pre_hook(partial(hook, collector))
+        for name, collector in collectors.items()
+    ]
+    try:
+        for batch in calibration:
+            if isinstance(batch, Mapping):
+                module(**batch)
+            else:
+                module(*batch) if isinstance(batch, list | tuple) else module(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: _finish(name, collector) for name, collector in collectors.items()}
+
+
+def _finish(name: str, collector: StatsCollector) -> Stats:
+    try:
+        return collector.finish()
+    except InputError as error:
+        raise InputError(f"{error}, at the input of {name}") from error
+
+
+def _solve(
+    name: str, linear: nn.Linear, scheme: Scheme, stats: Stats | None, recipe: Recipe
+) -> Report:
+    begin = time.perf_counter()
+    W = np.ascontiguousarray(ops.as_numpy(linear.weight.detach().cpu()).astype(np.float32))
+    if not np.isfinite(W).all():
+        raise InputError(f"[quantize] wanted finite weights, got NaN or infinity in {name}")
+    solver = registry.get("solvers", recipe.method)
+    q, report = solver.solve(W, stats, scheme, **recipe.options)
+    linear.weight.copy_(as_tensor(ops.decode(q)))
+    done: Report = replace(report, name=name, seconds=round(time.perf_counter() - begin, 4))
+    return done

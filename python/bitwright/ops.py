@@ -25,10 +25,11 @@ from bitwright.spec import F32, F64, U8, U32, InputError, NumericalError, QTenso
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from bitwright import _core  # noqa: E402  the policy above comes first
+from bitwright import _core
 
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-# Candidate scales of the search, relative to the scale that just spans the range. 1 stands first, so
+# Candidate scales of the search, relative to the scale that just spans the range. 1 stands first,
+# so
 # that a group of exact codewords keeps its codes.
 SEARCH_FACTORS: F32 = np.array([1.0, *(f / 100 for f in range(105, 29, -3))], np.float32)
 CLIP_FACTORS: F32 = np.linspace(1.0, 0.5, 21, dtype=np.float32)
@@ -40,7 +41,9 @@ threads = _core.threads
 
 
 def available_cpus() -> int:
-    """CPUs this process may use: its affinity mask, less where a cgroup (v2) sets a smaller quota."""
+    """CPUs this process may use: its affinity mask, less where a cgroup (v2) sets a smaller
+    quota.
+    """
     affinity = getattr(os, "sched_getaffinity", None)
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
     try:
@@ -60,11 +63,15 @@ def set_threads(n: int | None = None) -> int:
     return n
 
 
-set_threads(int(os.environ["OMP_NUM_THREADS"]) if os.environ.get("OMP_NUM_THREADS", "").isdigit() else None)
+set_threads(
+    int(os.environ["OMP_NUM_THREADS"]) if os.environ.get("OMP_NUM_THREADS", "").isdigit() else None
+)
 
 
 def _matrix(what: str, x: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """`x` as a contiguous 2-D array of exactly `dtype`; other dtypes are an error, strides are copied."""
+    """`x` as a contiguous 2-D array of exactly `dtype`; other dtypes are an error, strides are
+    copied.
+    """
     array = np.asarray(x)
     if array.ndim != 2 or array.dtype != np.dtype(dtype):
         raise InputError(
@@ -124,8 +131,9 @@ def fit(
     """Scales float32 (n, G) on the scheme's scale grid and zero points uint8 (n, G) for W (n, k).
 
     search=False: absmax (symmetric) or min-max. search=True: the factor of the spanning scale with
-    the least sum_j weight_j |w_j - q_j|^power, power 2 or 2.4 (GPTQ, 2210.17323), weight (k) or ones;
-    asymmetric schemes also try the zero points beside. Tensor schemes are always absmax / min-max.
+    the least sum_j weight_j |w_j - q_j|^power, power 2 or 2.4 (GPTQ, 2210.17323), weight (k) or
+    ones; asymmetric schemes also try the zero points beside. Tensor schemes are always absmax /
+    min-max.
     """
     W = _matrix("fit", W, np.float32)
     n, k = W.shape
@@ -138,7 +146,14 @@ def fit(
     weight = np.empty(0, np.float32) if weight is None else _vector("fit", weight, np.float32)
     scales = np.empty((n, scheme.groups(k)), np.float32)
     zeros = np.empty(scales.shape, np.uint8)
-    _core.fit(W, weight, _settings(scheme, k, search, power), _vector("fit", factors, np.float32), scales, zeros)
+    _core.fit(
+        W,
+        weight,
+        _settings(scheme, k, search, power),
+        _vector("fit", factors, np.float32),
+        scales,
+        zeros,
+    )
     return scales, zeros
 
 
@@ -161,13 +176,16 @@ def decode(q: QTensor) -> F32:
 def _words(what: str, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if x.ndim != 2 or x.dtype not in (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16):
         raise InputError(
-            f"[{what}] wanted a 2-D array of float32, float16 or bfloat16, got {x.ndim}-D of {x.dtype}"
+            f"[{what}] wanted a 2-D array of float32, float16 or bfloat16, got {x.ndim}-D of "
+            f"{x.dtype}"
         )
     return np.ascontiguousarray(x)
 
 
 def gram(X: npt.NDArray[Any], H: F64) -> None:
-    """H += X^T X in place, upper triangle only (see `mirror`). X (t, k): float32, float16, bfloat16."""
+    """H += X^T X in place, upper triangle only (see `mirror`). X (t, k): float32, float16,
+    bfloat16.
+    """
     X = _words("gram", X)
     if X.dtype == np.float32:
         _core.gram_f32(X, H)
@@ -215,7 +233,8 @@ def factor(
         if _core.factor(H, order, dead.view(np.uint8), tried * mean, R):
             return R, tried, rung
     raise NumericalError(
-        f"[factor] H ({k} x {k}) is not positive definite with relative damping {damping:g} to {tried:g}"
+        f"[factor] H ({k} x {k}) is not positive definite with relative damping {damping:g} to "
+        f"{tried:g}"
     )
 
 
@@ -230,13 +249,16 @@ def gptq(
     scales, zeros = _matrix("gptq", scales, np.float32), _matrix("gptq", zeros, np.uint8)
     codes, loss = np.empty(W.shape, np.uint8), np.empty(W.shape[0], np.float64)
     group = scheme.columns(W.shape[1])
-    _core.gptq(W, R, _vector("gptq", order, np.int32), scales, zeros, group, scheme.bits, codes, loss)
+    _core.gptq(
+        W, R, _vector("gptq", order, np.int32), scales, zeros, group, scheme.bits, codes, loss
+    )
     return QTensor(codes, scales, zeros, scheme), loss
 
 
 def quadratic(E: F32, H: F64) -> float:
     """tr(E H E^T) for E (n, k) and symmetric H (k, k)."""
-    return _core.quadratic(_matrix("quadratic", E, np.float32), _matrix("quadratic", H, np.float64))
+    E, H = _matrix("quadratic", E, np.float32), _matrix("quadratic", H, np.float64)
+    return float(_core.quadratic(E, H))
 
 
 def awq_scale(W: F32, H: F64, column_scales: F32, scheme: Scheme) -> F64:

@@ -1,9 +1,11 @@
-"""The driver: a float checkpoint folder (or a model in memory) in, a verified quantized folder out.
+"""The driver: a float checkpoint folder in, a verified quantized folder out.
 
-    open the job -> tokens -> plan -> work folder -> block by block: capture, transform, solve, spool
+    open the job -> tokens -> plan -> work folder -> block by block: capture, transform, solve,
+    spool
                  -> report -> export, read back, compare -> rename
 
-Everything is resumable: the same call goes on where a killed one stopped, and ends with the same bytes.
+Everything is resumable: the same call goes on where a killed one stopped, and ends with the same
+bytes.
 """
 
 from __future__ import annotations
@@ -20,8 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bitwright import card, export, ops, plan
-from bitwright import recipe as recipes
+from bitwright import card, export, ops, plan, registry
 from bitwright.calib.capture import Capture
 from bitwright.calib.data import Tokens, collect, load_tokenizer
 from bitwright.calib.skeleton import ForwardDtype, as_tensor
@@ -83,7 +84,9 @@ class _Run:
         first, hidden = self._inputs(ids)
         capture = Capture(skeleton, self.job.arch, self._collector)
         groups = [group for group in self.job.arch.groups if not group.inside_attention]
-        self.progress.start((skeleton.count - first) * len(groups) * len(hidden), "capture and solve")
+        self.progress.start(
+            (skeleton.count - first) * len(groups) * len(hidden), "capture and solve"
+        )
         for block in range(first, skeleton.count):
             hidden = self._block(capture, block, hidden)
             if block + 1 < skeleton.count:
@@ -188,17 +191,17 @@ def _tokens(job: Job, calibration: Any) -> Tokens | None:
     if job.recipe.method == "rtn":
         return None
     tokenizer = load_tokenizer(job.checkpoint.path)
-    vocabulary = job.skeleton.model.get_input_embeddings().weight.shape[0]
-    return collect(calibration, tokenizer, job.recipe, int(vocabulary))
+    vocabulary = job.skeleton.slots[f"{job.skeleton.embeddings}.weight"].meta.shape[0]
+    return collect(calibration, tokenizer, job.recipe, vocabulary)
 
 
 def quantize(
-    source: Any,
-    out: str | Path | None = None,
-    recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+    source: Path,
+    out: Path,
+    recipe: Recipe,
     *,
     calibration: Any = None,
-    work: str | Path | None = None,
+    work: Path | None = None,
     threads: int | None = None,
     dtype: ForwardDtype | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
@@ -206,52 +209,13 @@ def quantize(
     strict: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
-    **wishes: Any,
 ) -> RunReport:
-    """Quantizes a checkpoint folder into `out`, or a transformers model in memory in place.
-
-    recipe: a Recipe, a dict, or a YAML / JSON file; wishes: its fields as keywords (scheme="int4-g64",
-    method="gptq", format="compressed-tensors", samples=128, length=512, ...). calibration: a text or
-    JSONL file, a data set, a list of strings, token ids (N, length), or None for the shipped text.
-    work: folder for what is finished (default OUT.work, removed at the end). memory: bytes that the
-    run may take; a run whose parked activations do not fit re-runs each block per group. strict: a
-    fallback is an error. Returns the report that also lies in `out`. Errors: InputError, RefusedError
-    (subclasses of ValueError), NumericalError, export.VerificationError.
-    """
-    wish = recipes.merge(recipe, wishes)
-    keywords = {
-        "calibration": calibration, "threads": threads, "dtype": dtype, "memory": memory,
-        "max_shard_size": max_shard_size, "strict": strict, "progress": progress,
-    }  # fmt: skip
-    if isinstance(source, str | Path):
-        if out is None:
-            raise InputError("[quantize] wanted a folder to write to, got none")
-        return _quantize_folder(Path(source), Path(out), wish, work, overwrite, **keywords)
-    raise RefusedError(
-        f"[quantize] wanted a checkpoint folder or a transformers model, got {type(source).__name__}"
-    )
-
-
-def _quantize_folder(
-    source: Path,
-    out: Path,
-    recipe: Recipe,
-    work: str | Path | None,
-    overwrite: bool,
-    *,
-    calibration: Any,
-    threads: int | None,
-    dtype: ForwardDtype | None,
-    memory: int | None,
-    max_shard_size: int,
-    strict: bool,
-    progress: Progress,
-) -> RunReport:
+    """One checkpoint folder into another; `module.quantize` is the door, and says what they mean."""
     begin = time.perf_counter()
     export.check_destination(out, overwrite)
     job = open_job(source, recipe, dtype=dtype, threads=threads)
     tokens = _tokens(job, calibration)
-    spool = Spool(out.with_name(f"{out.name}.work") if work is None else Path(work))
+    spool = Spool(out.with_name(f"{out.name}.work") if work is None else work)
     spool.start(fingerprint(job, None if tokens is None else tokens.ids))
     run = _Run(job, spool, progress, plan.make_for(job, memory).rerun)
     if tokens is None:
@@ -283,7 +247,7 @@ def _write(
         }
         done = replace(report, seconds=seconds, peak_rss=plan.resident_bytes(peak=True))
         finished.append(done)
-        add_papers(folder, done, job.format, out)
+        add_papers(folder, done, out)
 
     export.export(
         result, job.format, out,
@@ -292,10 +256,15 @@ def _write(
     return finished[0]
 
 
-def add_papers(folder: Path, report: RunReport, fmt: Any, out: Path) -> None:
-    """The report and the model card of a written folder."""
+def add_papers(folder: Path, report: RunReport, out: Path) -> None:
+    """The report and the model card of a written folder that is to lie at `out`."""
+    checkpoint = Checkpoint(folder)
+    config = checkpoint.config["quantization_config"]
+    fmt = registry.get("formats", config["quant_method"])
     export.write_json(folder / export.REPORT, report.to_dict())
-    text = card.render(report, bytes_total=Checkpoint(folder).total_bytes, load_line=fmt.load_line(out))
+    text = card.render(
+        report, bytes_total=checkpoint.total_bytes, load_line=fmt.load_line(out, config)
+    )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -307,5 +276,3 @@ def _quantized(spool: Spool) -> Callable[[str], QTensor]:
         return done.q
 
     return read
-
-

@@ -1,6 +1,7 @@
 """What a run will take, before it starts: memory, disk, time, and the scheme of each matrix.
 
-Peak memory is the largest of the run's stages, on top of what Python and the libraries hold already:
+Peak memory is the largest of the run's stages, on top of what Python and the libraries hold
+already:
 
     embed     embeddings, twice for a moment while their dtype changes, and the hidden states
     block     weights of one block, hidden states, activations parked at a group (or, where those do
@@ -46,8 +47,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """ram_bytes: peak resident memory, ram_base of it held already. disk_bytes: output and work folder
-    together. rerun: blocks run again for each group, because the parked activations do not fit."""
+    """ram_bytes: peak resident memory, ram_base of it held already. disk_bytes: output and work
+    folder together. rerun: blocks run again for each group, because the parked activations do not
+    fit.
+    """
 
     rows: tuple[Row, ...]
     tokens: int
@@ -167,7 +170,11 @@ def _seconds(job: Job, sizes: _Sizes) -> float:
     forward = _rate(2 * 2048 * k * k, lambda: a @ b)
     X, H = np.ones((1024, k), np.float32), np.zeros((k, k))
     gram = _rate(1024 * k * k, lambda: ops.gram(X, H))
-    columns = [sizes.shape(group.linears[0].name)[1] for group in job.arch.groups if not group.inside_attention]
+    columns = [
+        sizes.shape(group.linears[0].name)[1]
+        for group in job.arch.groups
+        if not group.inside_attention
+    ]
     per_block = sum(float(c) ** 2 for c in columns) * sizes.tokens
     solve = sum(3.0 * n * c * c for n, c in (t.shape for t in job.targets.values()))
     attention = 4.0 * job.recipe.length * sizes.hidden * sizes.tokens * job.skeleton.count
@@ -192,7 +199,9 @@ def _row(target: Target) -> Row:
 
 
 def make_for(job: Job, memory: int | None = None) -> Plan:
-    """The plan of an opened job; memory: bytes that the run may take (None: 80 % of what is free)."""
+    """The plan of an opened job; memory: bytes that the run may take (None: 80 % of what is
+    free).
+    """
     sizes = _Sizes(job)
     base = resident_bytes()
     budget = int(SHARE * (free_bytes() + base)) if memory is None else memory

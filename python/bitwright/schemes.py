@@ -1,4 +1,6 @@
-"""Scheme names: `int<bits>-g<group>`, `int<bits>-channel`, `int<bits>-tensor`, then `-asym` if wanted."""
+"""Scheme names: `int<bits>-g<group>`, `int<bits>-channel`, `int<bits>-tensor`, then `-asym` if
+wanted.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ import re
 from bitwright import registry
 from bitwright.spec import Grid, RefusedError, Scheme
 
-_NAME = re.compile(r"(?P<grid>[a-z]+\d+)-(?:(?P<where>channel|tensor)|g(?P<group>[1-9]\d*))(?P<asym>-asym)?")
+_NAME = re.compile(
+    r"(?P<grid>[a-z]+\d+)-(?:(?P<where>channel|tensor)|g(?P<group>[1-9]\d*))(?P<asym>-asym)?"
+)
 
 
 def grids() -> dict[str, Grid]:
@@ -19,12 +23,15 @@ def grids() -> dict[str, Grid]:
 
 
 def parse(name: str) -> Scheme:
-    """The scheme of that name, e.g. "int4-g64" or "int3-channel-asym"; RefusedError if there is none."""
+    """The scheme of that name, e.g. "int4-g64" or "int3-channel-asym"; RefusedError if there is
+    none.
+    """
     match = _NAME.fullmatch(name)
     known = grids()
     if match is None or match["grid"] not in known:
         raise RefusedError(
-            f"[scheme] wanted <grid>-g<group>, <grid>-channel or <grid>-tensor, then -asym if wanted, "
+            "[scheme] wanted <grid>-g<group>, <grid>-channel or <grid>-tensor, then -asym if "
+            "wanted, "
             f"with a grid of {', '.join(known)}; got {name!r}"
         )
     group = int(match["group"]) if match["group"] else {"channel": 0, "tensor": -1}[match["where"]]

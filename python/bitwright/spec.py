@@ -1,8 +1,8 @@
 """The nouns of bitwright, all on one page.
 
-Symbols, the same in every file: `W` is a weight matrix (n, k) = (out, in), row-major, as a checkpoint
-stores it; `g` columns of a row share one scale `s` and zero point `z`; `codes` are unsigned integers;
-the canonical value of a code c is
+Symbols, the same in every file: `W` is a weight matrix (n, k) = (out, in), row-major, as a
+checkpoint stores it; `g` columns of a row share one scale `s` and zero point `z`; `codes` are
+unsigned integers; the canonical value of a code c is
 
     w = (grid[c] - z) * s        in float32: one subtraction, one multiplication.
 
@@ -28,7 +28,9 @@ ScaleGrid = Literal["bf16", "fp16", "fp32"]
 
 
 class BitwrightError(Exception):
-    """Base of every error that bitwright raises on purpose; its text is one sentence for the user."""
+    """Base of every error that bitwright raises on purpose; its text is one sentence for the
+    user.
+    """
 
 
 class InputError(BitwrightError, ValueError):
@@ -43,12 +45,17 @@ class NumericalError(BitwrightError, ArithmeticError):
     """A computation broke down; the text lists what was tried."""
 
 
+class VerificationError(BitwrightError):
+    """What was written does not read back as what was meant."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """A number format as data.
 
     name: as in scheme names ("int4"). bits: storage bits of a code. values: value of each code,
-    ascending, at most 256. Uniform grids have values[c] == c, so that C++ takes the arithmetic path.
+    ascending, at most 256. Uniform grids have values[c] == c, so that C++ takes the arithmetic
+    path.
     """
 
     name: str
@@ -64,12 +71,12 @@ class Grid:
 class Scheme:
     """How one matrix is stored: a grid, who shares a scale, and the grid the scales live on.
 
-    group: columns that share a scale; 0 = the whole row (channel), -1 = the whole matrix (tensor). A
-    last short group is part of the definition: G = ceil(k / group).
-    symmetric: the zero point is 2^(bits-1) and not stored.
-    scale: grid of the scales. "bf16" = bf16 values inside fp16's normal range, hence exact in fp16,
-    bf16 and fp32 files; "fp16" and "fp32" bind the result to formats that hold them.
-    zero_min: smallest zero point allowed (1 makes zero points portable to formats that store z - 1).
+    group: columns that share a scale; 0 = the whole row (channel), -1 = the whole matrix (tensor).
+    A last short group is part of the definition: G = ceil(k / group). symmetric: the zero point is
+    2^(bits-1) and not stored. scale: grid of the scales. "bf16" = bf16 values inside fp16's normal
+    range, hence exact in fp16, bf16 and fp32 files; "fp16" and "fp32" bind the result to formats
+    that hold them. zero_min: smallest zero point allowed (1 makes zero points portable to formats
+    that store z - 1).
     """
 
     grid: Grid
@@ -120,7 +127,8 @@ class QTensor:
         want = (n, self.scheme.groups(k))
         if self.scales.shape != want or self.zeros.shape != want:
             raise InputError(
-                f"[QTensor] scales and zeros must be {want} for codes {(n, k)} in {self.scheme.name}, "
+                f"[QTensor] scales and zeros must be {want} for codes {(n, k)} in "
+                f"{self.scheme.name}, "
                 f"got {self.scales.shape} and {self.zeros.shape}"
             )
 
@@ -130,7 +138,9 @@ class QTensor:
         return n, k
 
     def dequantize(self) -> F32:
-        """The value of the matrix, float32 (n, k): the definition that every format must reproduce."""
+        """The value of the matrix, float32 (n, k): the definition that every format must
+        reproduce.
+        """
         k = self.codes.shape[1]
         g = self.scheme.columns(k)
         column_group = np.arange(k) // g
@@ -159,7 +169,8 @@ class Stats:
 
 @dataclass(frozen=True, eq=False)
 class Rescale:
-    """Column scales of a group: weights become W diag(scales), the norm in front absorbs the inverse.
+    """Column scales of a group: weights become W diag(scales), the norm in front absorbs the
+    inverse.
 
     scales: float32 (k,), positive. exponent: what they were raised to, for the report."""
 
@@ -181,8 +192,9 @@ class Linear:
 class Group:
     """Linears of a block that share one input, solved together.
 
-    norm: the norm whose output they read and whose gain can absorb column scales (None: no such norm).
-    inside_attention: solved after q and k, while the batch is parked in the attention function.
+    norm: the norm whose output they read and whose gain can absorb column scales (None: no such
+    norm). inside_attention: solved after q and k, while the batch is parked in the attention
+    function.
     """
 
     linears: tuple[Linear, ...]
@@ -198,9 +210,9 @@ class Group:
 class Arch:
     """An architecture as data.
 
-    blocks: path of the block list. groups: in the order they run. norm: how a norm applies its gain:
-    "rms" (w * x), "rms1" ((1 + w) * x), "layer" (w * x + b). embeddings, head: weights kept in float.
-    declared: False for groups that were discovered by running a batch.
+    blocks: path of the block list. groups: in the order they run. norm: how a norm applies its
+    gain: "rms" (w * x), "rms1" ((1 + w) * x), "layer" (w * x + b). embeddings, head: weights kept
+    in float. declared: False for groups that were discovered by running a batch.
     """
 
     name: str
@@ -216,7 +228,8 @@ class Arch:
 class Target:
     """One matrix of a checkpoint and what is to become of it; scheme None keeps it in float.
 
-    name: module path without ".weight". shape: (n, k) = (out, in), also where it is stored transposed.
+    name: module path without ".weight". shape: (n, k) = (out, in), also where it is stored
+    transposed.
     """
 
     name: str
@@ -269,9 +282,9 @@ class Override:
 class Recipe:
     """The whole wish. Text fields are checked against the registries by `recipe.check`.
 
-    scheme: "int4-g64", ...; method: "rtn" | "gptq" | "awq" | "awq+gptq"; overrides: first match wins;
-    options: keywords for the solver (damping, ...); samples, length: calibration windows and tokens
-    in each; seed: order of samples drawn from a list or a data set.
+    scheme: "int4-g64", ...; method: "rtn" | "gptq" | "awq" | "awq+gptq"; overrides: first match
+    wins; options: keywords for the solver (damping, ...); samples, length: calibration windows and
+    tokens in each; seed: order of samples drawn from a list or a data set.
     """
 
     scheme: str = "int4-g64"

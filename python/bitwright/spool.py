@@ -1,13 +1,14 @@
 """The work folder: every finished piece is on disk, whole, before the next one starts.
 
-    fingerprint.json          what the run depends on; any change is refused, naming old and new value
-    linears/<name>.safetensors    words, scales, zeros (and column_scales where a norm absorbed them),
+    fingerprint.json          what the run depends on; any change is refused, naming old and new
+    value linears/<name>.safetensors    words, scales, zeros (and column_scales where a norm
+    absorbed them),
                               with the scheme and the report in the metadata
     norms/<name>.safetensors  a norm that absorbed column scales: gain, bias, scales
     hidden-<i>.safetensors    inputs of block i, one tensor per batch; only the newest is kept
 
-A file appears by rename, so it is complete or not there. Whatever is there when a run starts is taken
-as it is; because each piece is a function of the fingerprint, the end is the same bytes.
+A file appears by rename, so it is complete or not there. Whatever is there when a run starts is
+taken as it is; because each piece is a function of the fingerprint, the end is the same bytes.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class Spool:
             return
         if self.folder.exists() and any(self.folder.iterdir()):
             raise InputError(
-                f"[work] wanted an empty work folder or one of ours, got {self.folder} with other files"
+                f"[work] wanted an empty work folder or one of ours, got {self.folder} with "
+                "other files"
             )
         for part in ("linears", "norms"):
             (self.folder / part).mkdir(parents=True, exist_ok=True)
@@ -64,7 +66,8 @@ class Spool:
         for key in sorted({*old, *new}):
             if old.get(key) != new.get(key):
                 raise InputError(
-                    f"[work] {self.folder} belongs to a run with {key} = {old.get(key)}, this one has "
+                    f"[work] {self.folder} belongs to a run with {key} = {old.get(key)}, this "
+                    "one has "
                     f"{key} = {new.get(key)}; use the old value, or another --work folder"
                 )
 
@@ -112,14 +115,14 @@ class Spool:
     def has(self, name: str) -> bool:
         return self._linear(name).exists()
 
-    def save_norm(
-        self, name: str, arrays: Mapping[str, npt.NDArray[Any]], exponent: float
-    ) -> None:
+    def save_norm(self, name: str, arrays: Mapping[str, npt.NDArray[Any]], exponent: float) -> None:
         path = self.folder / "norms" / f"{name}.safetensors"
         safetensors.save(path, dict(arrays), {"exponent": repr(exponent)})
 
     def norm(self, name: str) -> tuple[dict[str, npt.NDArray[Any]], float] | None:
-        """Tensors gain, scales and maybe bias of a rescaled norm, and the exponent; None if plain."""
+        """Tensors gain, scales and maybe bias of a rescaled norm, and the exponent; None if
+        plain.
+        """
         path = self.folder / "norms" / f"{name}.safetensors"
         if not path.exists():
             return None
@@ -142,7 +145,9 @@ class Spool:
         if not found:
             return None
         file = safetensors.SafetensorsFile(found[-1])
-        return int(found[-1].stem.removeprefix("hidden-")), [file.read(k) for k in sorted(file.entries)]
+        return int(found[-1].stem.removeprefix("hidden-")), [
+            file.read(k) for k in sorted(file.entries)
+        ]
 
     def bytes(self) -> int:
         """What the folder takes on disk."""

@@ -1,7 +1,7 @@
 """Solvers round one matrix: `solve(W, stats, scheme, **options) -> (QTensor, Report)`.
 
-A module says with NEEDS_H whether it wants Stats with H. `prepare(stats, scheme, **options)` computes
-what all matrices with these inputs share; `solve` takes it as `prepared`.
+A module says with NEEDS_H whether it wants Stats with H. `prepare(stats, scheme, **options)`
+computes what all matrices with these inputs share; `solve` takes it as `prepared`.
 """
 
 NAMES = ("rtn", "gptq")

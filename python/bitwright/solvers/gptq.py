@@ -5,14 +5,14 @@ triangular, it is sum_k (R_kk (t_k - q_k))^2 with the targets
 
     t_k = w_k + (1 / R_kk) sum_{j<k} e_j R_jk,    e_j = w_j - q_j,
 
-so rounding t_k in order is the reference recursion with one Cholesky instead of Cholesky, inverse and
-Cholesky. Order "gar": columns sorted by diag H inside their group, groups by their largest, both
-descending; groups stay whole, so no g_idx is stored. Scales are chosen before the sweep: "hessian"
-minimises sum_j H_jj (w_j - q_j)^2 per group over 26 shrunk ranges, "mse" the reference's |.|^2.4,
-"minmax" takes the range. Damping is relative to mean diag H: .01 at 4 bits and more, .02 at 3, .05
-below (measured); where H is not positive definite it climbs a ladder, and after the last rung the
-result is plain rounding on "hessian" scales, named as fallback. Dead columns (diag H = 0) are rounded
-plainly. Limits: scales are static, codes are not revised after the sweep.
+so rounding t_k in order is the reference recursion with one Cholesky instead of Cholesky, inverse
+and Cholesky. Order "gar": columns sorted by diag H inside their group, groups by their largest,
+both descending; groups stay whole, so no g_idx is stored. Scales are chosen before the sweep:
+"hessian" minimises sum_j H_jj (w_j - q_j)^2 per group over 26 shrunk ranges, "mse" the reference's
+|.|^2.4, "minmax" takes the range. Damping is relative to mean diag H: .01 at 4 bits and more, .02
+at 3, .05 below (measured); where H is not positive definite it climbs a ladder, and after the last
+rung the result is plain rounding on "hessian" scales, named as fallback. Dead columns (diag H = 0)
+are rounded plainly. Limits: scales are static, codes are not revised after the sweep.
 """
 
 from __future__ import annotations
@@ -132,7 +132,9 @@ def solve(
             if p.dead.any()
             else _error(W, q, H, float(loss.sum()), p.damping * mean)
         )
-    notes = (f"{tokens} tokens for {len(H)} columns: H is under-determined",) if tokens < len(H) else ()
+    notes = (
+        (f"{tokens} tokens for {len(H)} columns: H is under-determined",) if tokens < len(H) else ()
+    )
     report = Report(
         name="",
         shape=q.shape,

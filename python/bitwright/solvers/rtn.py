@@ -2,19 +2,31 @@
 
 Symmetric s = max|w| / (2^(b-1) - 1), z = 2^(b-1); asymmetric s = (hi - lo) / (2^b - 1), z =
 clamp(round(-lo / s)), lo <= 0 <= hi. scales="mse" shrinks the range per group to the least
-sum |w - q|^2.4 (GPTQ's search, 2210.17323). Limits: ignores the inputs; below 4 bit it collapses.
+sum |w - q|^2.4 (GPTQ's search, 2210.17323); scales="clip" to the least e_g H_gg e_g^T, H_gg the
+group's block of H (AWQ's clipping, 2306.00978), needs Stats and leaves tensor schemes as they are.
+Limits: errors are not fed back; below 4 bit it collapses.
 """
 
 from __future__ import annotations
 
 from bitwright import ops
-from bitwright.spec import F32, InputError, QTensor, Report, Scheme, Stats
+from bitwright.spec import F32, F64, U8, InputError, QTensor, Report, Scheme, Stats
 
 NEEDS_H = False
 
 
-def prepare(stats: Stats | None, scheme: Scheme, **options: object) -> None:  # noqa: ARG001
+def prepare(stats: Stats | None, scheme: Scheme, **options: object) -> None:
     """Nothing is shared between matrices."""
+
+
+def _scales(W: F32, H: F64 | None, scheme: Scheme, scales: str) -> tuple[F32, U8]:
+    if scales == "mse":
+        return ops.fit(W, scheme, search=True, power=2.4)
+    if scales != "clip":
+        raise InputError(f"[rtn] scales must be minmax, mse or clip, got {scales!r}")
+    if H is None:
+        raise InputError("[rtn] scales clip wanted Stats with H, got none")
+    return ops.fit(W, scheme) if scheme.group == -1 else ops.awq_clip(W, H, scheme)
 
 
 def solve(
@@ -25,19 +37,18 @@ def solve(
     prepared: None = None,  # noqa: ARG001
     scales: str = "minmax",
 ) -> tuple[QTensor, Report]:
-    """W float32 (n, k) rounded to nearest; scales "minmax" or "mse". Stats only serve the report."""
-    if scales not in ("minmax", "mse"):
-        raise InputError(f"[rtn] scales must be minmax or mse, got {scales!r}")
-    q = ops.encode(W, *ops.fit(W, scheme, search=scales == "mse", power=2.4), scheme)
-    error = ops.relative_error(W, q, None if stats is None else stats.H)
+    """W float32 (n, k) rounded to nearest; scales "minmax", "mse" or "clip"."""
+    H = None if stats is None else stats.H
+    plain = ops.encode(W, *ops.fit(W, scheme), scheme)
+    q = plain if scales == "minmax" else ops.encode(W, *_scales(W, H, scheme, scales), scheme)
     report = Report(
         name="",
         shape=q.shape,
         scheme=scheme.name,
         method="rtn",
         bits_per_weight=scheme.bits_per_weight(*q.shape),
-        error_rtn=error,
-        error=error,
+        error_rtn=ops.relative_error(W, plain, H),
+        error=ops.relative_error(W, q, H),
         tokens=0 if stats is None else stats.tokens,
     )
     return q, report

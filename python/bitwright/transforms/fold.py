@@ -18,7 +18,8 @@ def fold(
     gain: npt.NDArray[Any], bias: npt.NDArray[Any] | None, s: F32, kind: str
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, F32]:
     """Norm gain (k,), bias (k,) or None and scales (k,) to the new gain, the new bias and the exact
-    scales float32 (k,). kind as in spec.Arch: "rms", "layer": the gain is stored; "rms1": gain - 1."""
+    scales float32 (k,). kind as in spec.Arch: "rms", "layer": the gain is stored; "rms1": gain -
+    1."""
     offset = 1.0 if kind == "rms1" else 0.0
     old = gain.astype(np.float64) + offset
     stored = (old / s - offset).astype(gain.dtype)

@@ -1,0 +1,5 @@
+"""`python -m bitwright` is `bitwright`."""
+
+from bitwright.cli import main
+
+main()
