@@ -43,8 +43,8 @@ def _scores(scores: dict[str, Any]) -> list[str]:
     ]
 
 
-def render(report: RunReport, *, bytes_total: int, load_line: str) -> str:
-    """Markdown. bytes_total: of the weight files. load_line: the code that loads the folder."""
+def render(report: RunReport, *, bytes_total: int, load_lines: tuple[str, str]) -> str:
+    """Markdown. bytes_total: of the weight files. load_lines: the code that loads the folder."""
     base = Path(report.base)
     parts = [
         _front(report, base),
@@ -61,15 +61,10 @@ def render(report: RunReport, *, bytes_total: int, load_line: str) -> str:
     ]
     if report.evaluation:
         parts += _scores(dict(report.evaluation))
-    parts += ["", "## Load it", "", "```python", *_loading(load_line), "```"]
+    parts += ["", "## Load it", "", "```python", *load_lines, "```"]
     if report.fallbacks:
         names = "".join(f"\n- `{one.name}`: {one.fallback}" for one in report.fallbacks)
         parts += ["", "## Fallbacks", names]
     if report.notes:
         parts += ["", "## Notes", "", *(f"- {note}" for note in report.notes)]
     return "\n".join([*parts, ""])
-
-
-def _loading(load_line: str) -> list[str]:
-    names = [n for n in ("AutoModelForCausalLM", "CompressedTensorsConfig") if n in load_line]
-    return [f"from transformers import {', '.join(names)}", "", f"model = {load_line}"]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +23,29 @@ from bitwright.progress import Progress
 from bitwright.spec import InputError, QTensor, Target, VerificationError
 
 REPORT = "bitwright-report.json"
+MAX_SHARD_SIZE = 5 * 10**9  # bytes, as the hub's tools write them
+
+
+class Source(Protocol):
+    """Where plain tensors and the config come from: a checkpoint, or a view of one."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def entries(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any], int]]: ...
+    def read(self, name: str) -> npt.NDArray[Any]: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What there is to write. names: checkpoint tensor -> name to write it under; quantized:
+    """What there is to write. names: source tensor -> name to write it under; quantized:
     QTensor of a target by name; overrides: tensors that replace the checkpoint's (rescaled
     norms).
     """
 
-    checkpoint: Checkpoint
+    checkpoint: Source
     names: Mapping[str, str]
     targets: Mapping[str, Target]
     quantized: Callable[[str], QTensor]
@@ -49,6 +62,17 @@ def check_destination(out: Path, overwrite: bool) -> None:
         raise InputError(f"[out] wanted a new or empty folder, got {out}, which is not ours")
     if not overwrite:
         raise InputError(f"[out] {out} is a finished result; --overwrite replaces it")
+
+
+def names_to_write(tensors: Iterable[str], sources: Mapping[str, str]) -> dict[str, str]:
+    """Tensor of a checkpoint -> its name in the written one: the model's own spelling.
+
+    sources: name in the model -> tensor."""
+    spelled: dict[str, str] = {}
+    for name, source in sources.items():
+        if name == source or source not in spelled:
+            spelled[source] = name
+    return {tensor: spelled.get(tensor, tensor) for tensor in tensors}
 
 
 class _Writer:

@@ -75,20 +75,26 @@ class Job:
         return W
 
 
-def _arch(checkpoint: Checkpoint, skeleton: Skeleton) -> Arch:
-    declared = archs.find(checkpoint.config)
+def arch_of(config: Mapping[str, Any], skeleton: Skeleton) -> Arch:
+    """The declared architecture of a config.json, else groups discovered by running a batch."""
+    declared = archs.find(config)
     return discover(skeleton) if declared is None else declared
 
 
-def _targets(
-    checkpoint: Checkpoint, skeleton: Skeleton, arch: Arch, recipe: Recipe
-) -> tuple[dict[str, Target], tuple[str, ...]]:
-    linears = {
+def linears_of(arch: Arch, skeleton: Skeleton) -> dict[str, Linear]:
+    """Every linear of every block by its full name, in the order they are solved."""
+    return {
         f"{skeleton.path(i)}.{linear.name}": linear
         for i in range(skeleton.count)
         for group in arch.groups
         for linear in group.linears
     }
+
+
+def _targets(
+    checkpoint: Checkpoint, skeleton: Skeleton, arch: Arch, recipe: Recipe
+) -> tuple[dict[str, Target], tuple[str, ...]]:
+    linears = linears_of(arch, skeleton)
     resolved, unused = recipes.resolve(recipe, tuple(linears))
     targets = {}
     for name, linear in linears.items():
@@ -118,7 +124,7 @@ def open_job(
     dtype = dtype or forward_dtype()
     shapes = {name: entry[0] for name, entry in checkpoint.entries.items()}
     skeleton = Skeleton(checkpoint.path, checkpoint.read, shapes, dtype)
-    arch = _arch(checkpoint, skeleton)
+    arch = arch_of(checkpoint.config, skeleton)
     targets, unused = _targets(checkpoint, skeleton, arch, recipe)
     job = Job(
         checkpoint,

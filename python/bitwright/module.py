@@ -26,6 +26,7 @@ from bitwright import ops, pipeline, plan, registry
 from bitwright import recipe as recipes
 from bitwright.calib.skeleton import ForwardDtype, as_tensor
 from bitwright.calib.stats import StatsCollector
+from bitwright.export import MAX_SHARD_SIZE
 from bitwright.files.checkpoint import Checkpoint, copy_side_files
 from bitwright.files.hub import resolve
 from bitwright.formats.dense import Dense, dense
@@ -44,7 +45,7 @@ def quantize(
     work: str | Path | None = None,
     threads: int | None = None,
     dtype: ForwardDtype | None = None,
-    max_shard_size: int = pipeline.MAX_SHARD_SIZE,
+    max_shard_size: int = MAX_SHARD_SIZE,
     memory: int | None = None,
     strict: bool = False,
     overwrite: bool = False,
@@ -78,7 +79,8 @@ def quantize(
     if isinstance(model_or_path, nn.Module):
         return _plain(model_or_path, wish, calibration, strict)
     raise RefusedError(
-        f"[quantize] wanted a checkpoint folder or a torch module, got {type(model_or_path).__name__}"
+        "[quantize] wanted a checkpoint folder or a torch module, got "
+        f"{type(model_or_path).__name__}"
     )
 
 
@@ -166,7 +168,8 @@ def _observe(
 ) -> dict[str, Stats]:
     if not isinstance(calibration, Iterable) or isinstance(calibration, str | bytes):
         raise InputError(
-            f"[quantize] wanted calibration=, an iterable of inputs of {type(module).__name__}, got "
+            "[quantize] wanted calibration=, an iterable of inputs of "
+            f"{type(module).__name__}, got "
             f"{type(calibration).__name__}; method rtn needs none"
         )
     collectors = {name: StatsCollector(linears[name].in_features) for name in wanted}

@@ -22,12 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bitwright import card, export, ops, plan, registry
+from bitwright import export, ops, papers, plan
 from bitwright.calib.capture import Capture
 from bitwright.calib.data import Tokens, collect, load_tokenizer
 from bitwright.calib.skeleton import ForwardDtype, as_tensor
 from bitwright.calib.stats import StatsCollector
-from bitwright.files.checkpoint import Checkpoint
 from bitwright.fingerprint import fingerprint
 from bitwright.job import Job, open_job
 from bitwright.progress import Progress, silent
@@ -35,8 +34,6 @@ from bitwright.report import RunReport
 from bitwright.solving import BlockSolver
 from bitwright.spec import Group, InputError, QTensor, Recipe, Target
 from bitwright.spool import Finished, Spool, asarrays
-
-MAX_SHARD_SIZE = 5 * 10**9
 
 
 class _Clock:
@@ -158,15 +155,6 @@ def _require_finite(batches: list[torch.Tensor], where: str) -> None:
         raise InputError(f"[capture] wanted finite activations, got NaN or infinity behind {where}")
 
 
-def names_to_write(job: Job) -> dict[str, str]:
-    """Checkpoint tensor -> its name in the written checkpoint: the model's own spelling."""
-    spelled: dict[str, str] = {}
-    for name, source in job.skeleton.sources.items():
-        if name == source or source not in spelled:
-            spelled[source] = name
-    return {source: spelled.get(source, source) for source in job.checkpoint.entries}
-
-
 def _report(job: Job, run: _Run, tokens: Tokens | None, begin: float) -> RunReport:
     linears = [run.spool.report(t.name) for t in job.targets.values() if t.scheme is not None]
     return RunReport(
@@ -204,13 +192,15 @@ def quantize(
     work: Path | None = None,
     threads: int | None = None,
     dtype: ForwardDtype | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE,
+    max_shard_size: int = export.MAX_SHARD_SIZE,
     memory: int | None = None,
     strict: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> RunReport:
-    """One checkpoint folder into another; `module.quantize` is the door, and says what they mean."""
+    """One checkpoint folder into another; `module.quantize` is the door, and says what they
+    mean.
+    """
     begin = time.perf_counter()
     export.check_destination(out, overwrite)
     job = open_job(source, recipe, dtype=dtype, threads=threads)
@@ -235,7 +225,11 @@ def _write(
     job: Job, run: _Run, report: RunReport, out: Path, shard: int, progress: Progress, begin: float
 ) -> RunReport:
     result = export.Result(
-        job.checkpoint, names_to_write(job), job.targets, _quantized(run.spool), run.overrides()
+        job.checkpoint,
+        export.names_to_write(job.checkpoint.entries, job.skeleton.sources),
+        job.targets,
+        _quantized(run.spool),
+        run.overrides(),
     )
     finished: list[RunReport] = []
     since = time.perf_counter()
@@ -247,25 +241,13 @@ def _write(
         }
         done = replace(report, seconds=seconds, peak_rss=plan.resident_bytes(peak=True))
         finished.append(done)
-        add_papers(folder, done, out)
+        papers.write(folder, done, out)
 
     export.export(
         result, job.format, out,
         version=version("bitwright"), max_shard_size=shard, progress=progress, finish=finish,
     )  # fmt: skip
     return finished[0]
-
-
-def add_papers(folder: Path, report: RunReport, out: Path) -> None:
-    """The report and the model card of a written folder that is to lie at `out`."""
-    checkpoint = Checkpoint(folder)
-    config = checkpoint.config["quantization_config"]
-    fmt = registry.get("formats", config["quant_method"])
-    export.write_json(folder / export.REPORT, report.to_dict())
-    text = card.render(
-        report, bytes_total=checkpoint.total_bytes, load_line=fmt.load_line(out, config)
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _quantized(spool: Spool) -> Callable[[str], QTensor]:

@@ -1,6 +1,7 @@
 """Checkpoint formats: QTensor <-> named arrays and a config. The docstring of a module is its spec.
 
-Each has refuse, notes, layout, write, read, quantized, config, side_files and load_line.
+Each has refuse, notes, layout, write, scheme, read, quantized, shape, config, side_files and
+load_line.
 """
 
 NAMES = ("compressed_tensors", "gptq")

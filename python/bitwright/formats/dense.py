@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from bitwright import archs, ops, registry
 from bitwright.files.checkpoint import Checkpoint
-from bitwright.spec import InputError, QTensor
+from bitwright.spec import InputError, QTensor, Scheme
 
 
 class Dense:
@@ -52,6 +52,14 @@ class Dense:
         shapes = {key: entry[0] for key, entry in entries.items()}
         n, k = self.format.shape(self._quantized[name], shapes, self.checkpoint.read)
         return (k, n) if name.endswith(self._transposed) else (n, k)
+
+    def scheme(self, module: str) -> Scheme:
+        """The scheme of a quantized module, without reading its codes."""
+        found = None if self.format is None else self.format.scheme(module, self.config)
+        if found is None:
+            raise InputError(f"[dense] wanted {module} quantized, {self.checkpoint.path} is float")
+        known: Scheme = found
+        return known
 
     def quantized(self, module: str) -> QTensor:
         """The QTensor of a quantized module."""

@@ -138,8 +138,8 @@ def write(name: str, q: QTensor, dtype: np.dtype[Any]) -> dict[str, Array]:  # n
     }
 
 
-def scheme_of(config: Mapping[str, Any]) -> Scheme:
-    """The scheme of a GPTQ config."""
+def scheme(name: str, config: Mapping[str, Any]) -> Scheme:  # noqa: ARG001
+    """The scheme of a module: the one that a GPTQ config gives all of them."""
     bits, group, symmetric = config.get("bits"), config.get("group_size"), config.get("sym", True)
     if bits not in BITS or not isinstance(group, int):
         raise RefusedError(
@@ -153,7 +153,7 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     """The linear `name` of a checkpoint whose tensors `get` gives."""
     if config.get("dynamic") and any(k.startswith("+:") for k in config["dynamic"]):
         raise RefusedError("[gptq] files with several bit widths (dynamic +:) are not read")
-    wanted = scheme_of(config)
+    wanted = scheme(name, config)
     words, scales = get(f"{name}.qweight"), get(f"{name}.scales").T.astype(np.float32)
     n, order = words.shape[1], get(f"{name}.g_idx")
     k = len(order)

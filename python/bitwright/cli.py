@@ -1,0 +1,327 @@
+"""The command line.
+
+    bitwright quantize SRC OUT      bitwright plan SRC          bitwright eval BASE QUANT
+    bitwright inspect PATH          bitwright convert OUT OUT2  bitwright demo [OUT]
+
+Exit codes: 0 done; 1 a bug (please report it); 2 wrong usage or unusable input; 3 refused: a
+format or method cannot do what was asked; 4 a computation broke down, or --strict met a fallback;
+5 what was written does not read back as what was meant; 130 interrupted, the same command goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from transformers.utils import logging as transformers_logging
+
+from bitwright import conversion, demo, evaluate, inspection, module, papers, plan, show
+from bitwright import recipe as recipes
+from bitwright.files.checkpoint import Checkpoint
+from bitwright.files.hub import resolve
+from bitwright.show import Bars, Printer
+from bitwright.spec import (
+    BitwrightError,
+    InputError,
+    NumericalError,
+    Recipe,
+    RefusedError,
+    VerificationError,
+)
+
+EXIT_CODES: tuple[tuple[type[BitwrightError], int], ...] = (
+    (InputError, 2),
+    (RefusedError, 3),
+    (NumericalError, 4),
+    (VerificationError, 5),
+    (BitwrightError, 1),
+)
+INTERRUPTED = 130
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Quantize language models after training, on the computer you have.",
+)
+
+
+class Dtype(StrEnum):
+    """Of the calibration forward."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def byte_count(text: str) -> int:
+    """A size such as 5GB, 500MB or 123456, in decimal units; BadParameter if it is none."""
+    number = text.strip().upper().removesuffix("B")
+    unit = number[-1:] if number[-1:] in UNITS else ""
+    try:
+        count = int(float(number.removesuffix(unit)) * UNITS[unit])
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise typer.BadParameter(f"wanted a size like 5GB or 500MB, got {text!r}")
+    return count
+
+
+Source = Annotated[str, typer.Argument(help="Checkpoint folder, or a hub id like org/name.")]
+SchemeName = Annotated[
+    str | None,
+    typer.Option("--scheme", help="int<bits>-g<group>|channel|tensor[-asym]. [int4-g64]"),
+]
+Method = Annotated[
+    str | None, typer.Option("--method", help=f"{' | '.join(recipes.METHODS)}. [gptq]")
+]
+Format = Annotated[
+    str | None, typer.Option("--format", help="compressed-tensors | gptq. [compressed-tensors]")
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option("--calibration", help="Text or JSONL file. [shipped old English prose]"),
+]
+Samples = Annotated[int | None, typer.Option("--samples", help="Calibration windows. [128]", min=1)]
+Length = Annotated[int | None, typer.Option("--length", help="Tokens in a window. [512]", min=2)]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="YAML or JSON recipe; options win over it.")
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", help="Of the C++ core. [all CPUs]", min=1)
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Order of drawn samples. [0]")]
+Chat = Annotated[
+    bool | None, typer.Option("--chat/--no-chat", help="Put texts into the chat template.")
+]
+ForwardType = Annotated[
+    Dtype | None,
+    typer.Option("--dtype", help="Of the calibration forward. [bfloat16 where the CPU has it]"),
+]
+Memory = Annotated[
+    int | None,
+    typer.Option(
+        "--memory", parser=byte_count, help="What the run may take. [80% of what is free]"
+    ),
+]
+ShardSize = Annotated[
+    int,
+    typer.Option("--max-shard-size", parser=byte_count, help="Largest weight file."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished result of ours.")]
+Json = Annotated[str | None, typer.Option("--json", help="Also as JSON to this file; -: stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no tables.")]
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors made on purpose become one line and an exit code; Ctrl-C ends cleanly."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except BitwrightError as error:
+            typer.echo(f"bitwright: {error}", err=True)
+            code = next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+            raise typer.Exit(code) from error
+        except KeyboardInterrupt:
+            typer.echo("bitwright: interrupted; the same command goes on from there", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
+def _recipe(file: Path | None, **wishes: Any) -> Recipe:
+    return recipes.merge(file, wishes)
+
+
+@app.command()
+@guarded
+def quantize(
+    src: Source,
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    scheme: SchemeName = None,
+    method: Method = None,
+    format: Format = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    length: Length = None,
+    recipe: RecipeFile = None,
+    threads: Threads = None,
+    strict: Annotated[bool, typer.Option("--strict", help="A fallback is an error.")] = False,
+    work: Annotated[
+        Path | None, typer.Option("--work", help="Folder for what is finished. [OUT.work]")
+    ] = None,
+    seed: Seed = None,
+    chat: Chat = None,
+    dtype: ForwardType = None,
+    memory: Memory = None,
+    max_shard_size: ShardSize = "5GB",  # type: ignore[assignment]
+    overwrite: Overwrite = False,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a checkpoint; the same command again resumes an interrupted run."""
+    wish = _recipe(
+        recipe,
+        scheme=scheme,
+        method=method,
+        format=format,
+        samples=samples,
+        length=length,
+        seed=seed,
+        chat=chat,
+    )
+    with Bars(quiet) as bars:
+        report = module.quantize(
+            src,
+            wish,
+            out=out,
+            calibration=calibration,
+            work=work,
+            threads=threads,
+            dtype=None if dtype is None else dtype.value,
+            memory=memory,
+            max_shard_size=max_shard_size,
+            strict=strict,
+            overwrite=overwrite,
+            progress=bars,
+        )
+    printer = Printer(json, quiet)
+    checkpoint = Checkpoint(out)
+    show.report(printer, report, out, checkpoint.total_bytes)
+    printer.json(report.to_dict(measured=True))
+    printer.line()
+    printer.plain("; ".join(papers.load_lines(out, checkpoint)))
+
+
+@app.command(name="plan")
+@guarded
+def plan_command(
+    src: Source,
+    scheme: SchemeName = None,
+    method: Method = None,
+    format: Format = None,
+    calibration: Calibration = None,  # noqa: ARG001  the same options as quantize
+    samples: Samples = None,
+    length: Length = None,
+    recipe: RecipeFile = None,
+    threads: Threads = None,
+    dtype: ForwardType = None,
+    memory: Memory = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Peak memory, disk, time and each linear's scheme, before anything runs."""
+    wish = _recipe(
+        recipe, scheme=scheme, method=method, format=format, samples=samples, length=length
+    )
+    made = plan.make(
+        resolve(src),
+        wish,
+        threads=threads,
+        dtype=None if dtype is None else dtype.value,
+        memory=memory,
+    )
+    printer = Printer(json, quiet)
+    show.plan(printer, made)
+    printer.json(made.to_dict())
+
+
+@app.command(name="eval")
+@guarded
+def eval_command(
+    base: Annotated[str, typer.Argument(help="The original.")],
+    quant: Annotated[str, typer.Argument(help="What is compared with it.")],
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Text file. [shipped validation text]")
+    ] = None,
+    windows: Annotated[int, typer.Option("--windows", help="Windows of the text.", min=1)] = 12,
+    length: Annotated[int, typer.Option("--length", help="Tokens in a window.", min=2)] = 512,
+    card: Annotated[
+        bool, typer.Option("--card/--no-card", help="Note the scores in a model card of ours.")
+    ] = True,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity, KL divergence and top-1 agreement of a quantized model with its original."""
+    folder = resolve(quant)
+    with Bars(quiet) as bars:
+        scores = evaluate.compare(
+            resolve(base), folder, text=text, windows=windows, length=length, progress=bars
+        )
+    printer = Printer(json, quiet)
+    show.evaluation(printer, scores)
+    printer.json(scores.to_dict())
+    if card and papers.record(folder, scores.to_dict()):
+        printer.line(f"noted in {folder / 'README.md'}")
+
+
+@app.command()
+@guarded
+def inspect(path: Source, json: Json = None, quiet: Quiet = False) -> None:
+    """What is in a checkpoint: schemes, sizes, the largest errors its report tells of."""
+    found = inspection.inspect(resolve(path))
+    printer = Printer(json, quiet)
+    show.inspection(printer, found)
+    printer.json(found.to_dict())
+
+
+@app.command()
+@guarded
+def convert(
+    out: Annotated[str, typer.Argument(help="A quantized checkpoint.")],
+    out2: Annotated[Path, typer.Argument(help="Folder to write.")],
+    format: Annotated[str, typer.Option("--format", help="compressed-tensors | gptq.")],
+    max_shard_size: ShardSize = "5GB",  # type: ignore[assignment]
+    overwrite: Overwrite = False,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """One result in another format, lossless or refused; nothing is solved again."""
+    with Bars(quiet) as bars:
+        report = conversion.convert(
+            out,
+            out2,
+            format=format,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=bars,
+        )
+    printer = Printer(json, quiet)
+    for note in report.notes:
+        printer.line(f"note: {note}")
+    printer.json(report.to_dict())
+    printer.plain("; ".join(papers.load_lines(out2, Checkpoint(out2))))
+
+
+@app.command(name="demo")
+@guarded
+def demo_command(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")] = Path("bitwright-demo"),
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize the embedded model and compare: rounding, GPTQ at 3 bits, GPTQ at 4 bits."""
+    with Bars(quiet) as bars:
+        rows = list(demo.run(out, overwrite=True, progress=bars))
+    printer = Printer(json, quiet)
+    show.demo(printer, rows)
+    printer.json([vars(row) | {"evaluation": row.evaluation.to_dict()} for row in rows])
+    printer.line()
+    printer.plain("; ".join(papers.load_lines(out, Checkpoint(out))))
+
+
+def main() -> None:
+    """The `bitwright` command."""
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    app(prog_name="bitwright")
+
+
+if __name__ == "__main__":
+    main()

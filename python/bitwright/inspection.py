@@ -1,0 +1,128 @@
+"""What is in a checkpoint, from its headers and config alone: no weight is read, no model is
+built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bitwright import papers, registry
+from bitwright.files.checkpoint import Checkpoint
+from bitwright.formats.dense import dense
+from bitwright.report import RunReport
+
+_NUMBER = re.compile(r"\.\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Tensors that differ only in their block number. scheme: of a quantized linear, else the
+    dtype. error: the largest relative output error among them, None where no report tells.
+    """
+
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    scheme: str
+    bytes: int
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """quant_method: "" for a float checkpoint. bits_per_weight: of the quantized linears, 0 if none
+    are read. report: the report of a folder of ours."""
+
+    path: str
+    model: str
+    quant_method: str
+    quantization: Mapping[str, Any]
+    entries: tuple[Entry, ...]
+    bytes: int
+    bits_per_weight: float
+    report: RunReport | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _tensors(checkpoint: Checkpoint) -> list[Entry]:
+    return [
+        Entry(name, 1, shape, str(dtype), size)
+        for name, (shape, dtype, size) in checkpoint.entries.items()
+    ]
+
+
+def _modules(checkpoint: Checkpoint, errors: Mapping[str, float]) -> tuple[list[Entry], float]:
+    """Quantized linears as one entry each, and their bits per weight; the rest as it lies there."""
+    view = dense(checkpoint)
+    modules = set(view.modules)
+    sizes: dict[str, int] = {}
+    plain = []
+    for entry in _tensors(checkpoint):
+        module = entry.name.rpartition(".")[0]
+        if module not in modules or entry.name.endswith(".bias"):
+            plain.append(entry)
+        elif not entry.name.endswith((".g_idx", ".weight_shape")):
+            sizes[module] = sizes.get(module, 0) + entry.bytes
+    linears = [
+        Entry(
+            module,
+            1,
+            view.shape(f"{module}.weight"),
+            view.scheme(module).name,
+            size,
+            errors.get(module),
+        )
+        for module, size in sizes.items()
+    ]
+    weights = sum(one.shape[0] * one.shape[1] for one in linears)
+    bits = 8 * sum(sizes.values()) / weights if weights else 0.0
+    return [*linears, *plain], bits
+
+
+def _condense(entries: list[Entry]) -> tuple[Entry, ...]:
+    groups: dict[tuple[str, tuple[int, ...], str], list[Entry]] = {}
+    for entry in entries:
+        key = (_NUMBER.sub(".*", entry.name), entry.shape, entry.scheme)
+        groups.setdefault(key, []).append(entry)
+    return tuple(
+        Entry(
+            name if len(found) > 1 else found[0].name,
+            len(found),
+            shape,
+            scheme,
+            sum(one.bytes for one in found),
+            max((one.error for one in found if one.error is not None), default=None),
+        )
+        for (name, shape, scheme), found in groups.items()
+    )
+
+
+def inspect(path: str | Path) -> Inspection:
+    """What lies in the checkpoint folder `path`, quantized by whatever tool; InputError if none
+    does.
+    """
+    checkpoint = Checkpoint(Path(path))
+    config = checkpoint.config.get("quantization_config") or {}
+    method = str(config.get("quant_method", "unnamed")) if config else ""
+    report = papers.read(checkpoint.path)
+    errors = {} if report is None else {one.name: one.error for one in report.linears}
+    if method in registry.names("formats"):
+        entries, bits = _modules(checkpoint, errors)
+    else:
+        entries, bits = _tensors(checkpoint), 0.0
+    return Inspection(
+        str(path),
+        str((checkpoint.config.get("architectures") or ["unnamed"])[0]),
+        method,
+        config,
+        _condense(entries),
+        checkpoint.total_bytes,
+        bits,
+        report,
+    )

@@ -1,0 +1,44 @@
+"""The report and the model card that lie in a folder of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bitwright import card, registry, report
+from bitwright.export import REPORT, write_json
+from bitwright.files.checkpoint import Checkpoint, read_json
+from bitwright.report import RunReport
+
+
+def load_lines(folder: Path, checkpoint: Checkpoint) -> tuple[str, str]:
+    """The code that loads a quantized checkpoint which is to lie at `folder`: import and call."""
+    config = checkpoint.config["quantization_config"]
+    call = registry.get("formats", config["quant_method"]).load_line(folder, config)
+    names = [n for n in ("AutoModelForCausalLM", "CompressedTensorsConfig") if n in call]
+    return f"from transformers import {', '.join(names)}", f"model = {call}"
+
+
+def write(folder: Path, result: RunReport, out: Path) -> None:
+    """Writes both into `folder`, which is to lie at `out`."""
+    checkpoint = Checkpoint(folder)
+    write_json(folder / REPORT, result.to_dict())
+    text = card.render(
+        result, bytes_total=checkpoint.total_bytes, load_lines=load_lines(out, checkpoint)
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def read(folder: Path) -> RunReport | None:
+    """The report of a folder of ours, None for any other folder."""
+    path = folder / REPORT
+    return report.from_dict(read_json(path)) if path.is_file() else None
+
+
+def record(folder: Path, scores: dict[str, Any]) -> bool:
+    """Notes an evaluation in report and card; False where `folder` is not ours."""
+    known = read(folder)
+    if known is None:
+        return False
+    write(folder, known.with_evaluation(scores), folder)
+    return True
