@@ -27,6 +27,7 @@ from bitwright import registry
 from bitwright.calib.data import validation_text
 from bitwright.calib.skeleton import Skeleton
 from bitwright.files.checkpoint import Checkpoint
+from bitwright.files.hub import resolve
 from bitwright.formats.dense import dense
 from bitwright.progress import Progress, silent
 from bitwright.spec import InputError
@@ -163,19 +164,25 @@ def compare(
     quant: str | Path,
     *,
     text: str | Path | None = None,
+    ids: npt.NDArray[np.int64] | None = None,
     windows: int = 12,
     length: int = 512,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Compares two checkpoint folders on a text file (None: the shipped validation text)."""
+    """Compares two checkpoints, folders or hub ids, on a text file (None: the shipped validation
+    text), or on token ids (N, length) in its place."""
     content = validation_text() if text is None else _read_text(Path(text))
-    original, other = _Model(Path(base)), _Model(Path(quant))
-    ids = windows_of(content, original.checkpoint.path, windows, length)
+    original, other = _Model(resolve(base)), _Model(resolve(quant))
+    what = "the shipped validation text" if text is None else str(text)
+    if ids is None:
+        ids = windows_of(content, original.checkpoint.path, windows, length)
+    else:
+        ids, what = np.asarray(ids, np.int64), "given token ids"
     scores = _score(original, other, ids, progress)
     return Evaluation(
         base=str(base),
         quantized=str(quant),
-        text="the shipped validation text" if text is None else str(text),
+        text=what,
         tokens=ids.size,
         bytes_base=original.checkpoint.total_bytes,
         bytes=other.checkpoint.total_bytes,

@@ -134,9 +134,14 @@ def open_job(
         targets,
         unused,
         dtype,
-        ops.set_threads(threads),
+        ops.resolve_threads(threads),
         max(1, TOKENS_PER_BATCH // recipe.length),
     )
+    if recipe.method.startswith("awq") and not any(group.norm for group in arch.groups):
+        raise RefusedError(
+            f"[awq] {arch.name} has no known norm in front of its linears that could absorb column "
+            "scales; rtn and gptq work"
+        )
     reason = job.format.refuse(tuple(targets.values()), arch)
     if reason:
         raise RefusedError(reason)

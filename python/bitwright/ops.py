@@ -54,18 +54,26 @@ def available_cpus() -> int:
     return cpus
 
 
-def set_threads(n: int | None = None) -> int:
-    """Sets the threads of every op (None: all available CPUs) and returns the number."""
-    n = available_cpus() if n is None else n
+def resolve_threads(n: int | None = None) -> int:
+    """The threads that n asks for; None: OMP_NUM_THREADS where it is set, else all available
+    CPUs.
+    """
+    if n is None:
+        wish = os.environ.get("OMP_NUM_THREADS", "")
+        return max(1, int(wish)) if wish.isdigit() else available_cpus()
     if n < 1:
         raise InputError(f"[threads] wanted at least 1 thread, got {n}")
+    return n
+
+
+def set_threads(n: int | None = None) -> int:
+    """Sets the threads of every op, as `resolve_threads` says, and returns the number."""
+    n = resolve_threads(n)
     _core.set_threads(n)
     return n
 
 
-set_threads(
-    int(os.environ["OMP_NUM_THREADS"]) if os.environ.get("OMP_NUM_THREADS", "").isdigit() else None
-)
+set_threads()
 
 
 def _matrix(what: str, x: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:

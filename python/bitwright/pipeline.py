@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 
 from bitwright import export, ops, papers, plan
 from bitwright.calib.capture import Capture
-from bitwright.calib.data import Tokens, collect, load_tokenizer
+from bitwright.calib.data import Tokens, are_ids, collect, load_tokenizer
 from bitwright.calib.skeleton import ForwardDtype, as_tensor
 from bitwright.calib.stats import StatsCollector
 from bitwright.fingerprint import fingerprint
@@ -178,7 +179,8 @@ def _report(job: Job, run: _Run, tokens: Tokens | None, begin: float) -> RunRepo
 def _tokens(job: Job, calibration: Any) -> Tokens | None:
     if job.recipe.method == "rtn":
         return None
-    tokenizer = load_tokenizer(job.checkpoint.path)
+    known = are_ids(calibration) and not any(job.checkpoint.path.glob("tokenizer*"))
+    tokenizer = None if known else load_tokenizer(job.checkpoint.path)
     vocabulary = job.skeleton.slots[f"{job.skeleton.embeddings}.weight"].meta.shape[0]
     return collect(calibration, tokenizer, job.recipe, vocabulary)
 
@@ -198,27 +200,39 @@ def quantize(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> RunReport:
-    """One checkpoint folder into another; `module.quantize` is the door, and says what they
-    mean.
-    """
+    """One checkpoint folder into another; the arguments are those of `module.quantize`."""
     begin = time.perf_counter()
     export.check_destination(out, overwrite)
     job = open_job(source, recipe, dtype=dtype, threads=threads)
-    tokens = _tokens(job, calibration)
     spool = Spool(out.with_name(f"{out.name}.work") if work is None else work)
-    spool.start(fingerprint(job, None if tokens is None else tokens.ids))
-    run = _Run(job, spool, progress, plan.make_for(job, memory).rerun)
-    if tokens is None:
-        run.round_all()
-    else:
-        run.sweep(tokens.ids)
-    report = _report(job, run, tokens, begin)
-    if strict:
-        report.raise_if_strict()
-    report = _write(job, run, report, out, max_shard_size, progress, begin)
+    with _threads(job.threads):
+        tokens = _tokens(job, calibration)
+        spool.start(fingerprint(job, None if tokens is None else tokens.ids))
+        run = _Run(job, spool, progress, plan.make_for(job, memory).rerun)
+        if tokens is None:
+            run.round_all()
+        else:
+            run.sweep(tokens.ids)
+        report = _report(job, run, tokens, begin)
+        if strict:
+            report.raise_if_strict()
+        report = _write(job, run, report, out, max_shard_size, progress, begin)
     if work is None:
         shutil.rmtree(spool.folder)
     return report
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """`count` threads for our ops and for torch, and afterwards as many as before."""
+    before, torch_before = ops.threads(), torch.get_num_threads()
+    ops.set_threads(count)
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        ops.set_threads(before)
+        torch.set_num_threads(torch_before)
 
 
 def _write(

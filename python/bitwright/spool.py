@@ -52,15 +52,16 @@ class Spool:
         path = self.folder / "fingerprint.json"
         if path.exists():
             self._compare(json.loads(path.read_text()), fingerprint)
-            return
-        if self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and any(p.suffix != ".part" for p in self.folder.iterdir()):
             raise InputError(
-                f"[work] wanted an empty work folder or one of ours, got {self.folder} with "
-                "other files"
+                f"[work] wanted an empty work folder or one of ours, got {self.folder} with other "
+                "files"
             )
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            safetensors.write_text(path, json.dumps(dict(fingerprint), indent=1))
         for part in ("linears", "norms"):
-            (self.folder / part).mkdir(parents=True, exist_ok=True)
-        safetensors.write_text(path, json.dumps(dict(fingerprint), indent=1))
+            (self.folder / part).mkdir(exist_ok=True)
 
     def _compare(self, old: Mapping[str, str], new: Mapping[str, str]) -> None:
         for key in sorted({*old, *new}):

@@ -70,7 +70,7 @@ def collect(source: Any, tokenizer: Any, recipe: Recipe, vocabulary: int) -> Tok
     ids. InputError: empty or too short, all padding, ids outside the vocabulary, an unreadable
     line.
     """
-    if source is not None and _are_ids(source):
+    if source is not None and are_ids(source):
         ids, what = _given(source, recipe), "given token ids"
     else:
         text, what = _text(source, tokenizer, recipe)
@@ -104,7 +104,8 @@ def _tokenise(text: str, tokenizer: Any) -> npt.NDArray[np.int64]:
     return np.asarray(ids, np.int64)
 
 
-def _are_ids(source: Any) -> bool:
+def are_ids(source: Any) -> bool:
+    """Whether `source` is token ids rather than text: an array, a tensor, or rows of integers."""
     if isinstance(source, str | Path | Mapping):
         return False
     if hasattr(source, "ndim"):
