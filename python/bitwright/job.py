@@ -137,6 +137,14 @@ def open_job(
         ops.resolve_threads(threads),
         max(1, TOKENS_PER_BATCH // recipe.length),
     )
+    longest = int(
+        getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", 0) or 0
+    )
+    if recipe.method != "rtn" and longest and recipe.length > longest:
+        raise InputError(
+            f"[job] wanted windows of at most {longest} tokens, what the model takes, got "
+            f"{recipe.length}"
+        )
     if recipe.method.startswith("awq") and not any(group.norm for group in arch.groups):
         raise RefusedError(
             f"[awq] {arch.name} has no known norm in front of its linears that could absorb column "

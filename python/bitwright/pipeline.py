@@ -176,6 +176,14 @@ def _report(job: Job, run: _Run, tokens: Tokens | None, begin: float) -> RunRepo
     )
 
 
+def _sized(recipe: Recipe, calibration: Any) -> Recipe:
+    """Given token ids (N, length) are used as they are: they say how many there are."""
+    if calibration is None or not are_ids(calibration):
+        return recipe
+    shape = np.shape(calibration)
+    return replace(recipe, samples=shape[0], length=shape[1]) if len(shape) == 2 else recipe
+
+
 def _tokens(job: Job, calibration: Any) -> Tokens | None:
     if job.recipe.method == "rtn":
         return None
@@ -203,6 +211,7 @@ def quantize(
     """One checkpoint folder into another; the arguments are those of `module.quantize`."""
     begin = time.perf_counter()
     export.check_destination(out, overwrite)
+    recipe = _sized(recipe, calibration)
     job = open_job(source, recipe, dtype=dtype, threads=threads)
     spool = Spool(out.with_name(f"{out.name}.work") if work is None else work)
     with _threads(job.threads):

@@ -38,12 +38,13 @@ class Dense:
         self._transposed = tuple(f".{x.name}.weight" for x in linears if x.transposed)
 
     def names(self) -> list[str]:
-        """Names of the float model's tensors."""
-        parts = tuple(f"{module}." for module in self.modules)
-        plain = [
-            n for n in self.checkpoint.entries if not n.startswith(parts) or n.endswith(".bias")
-        ]
-        return [*plain, *self._quantized]
+        """Names of the float model's tensors, in the order of the checkpoint."""
+        modules = set(self.modules)
+        spelled = (
+            f"{module}.weight" if module in modules and part != "bias" else f"{module}.{part}"
+            for module, _, part in (name.rpartition(".") for name in self.checkpoint.entries)
+        )
+        return list(dict.fromkeys(spelled))
 
     def shape(self, name: str) -> tuple[int, ...]:
         entries = self.checkpoint.entries
