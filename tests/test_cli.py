@@ -79,7 +79,8 @@ def test_options_win_over_the_recipe(run, tmp_path):
 
 
 def test_plan_names_every_linear_and_runs_nothing(run, tmp_path):
-    done = run("plan", TINY, "--scheme", "int3-g64", "--json", "p.json")
+    same = ["--samples", "128", "--strict", "--work", "w", "--seed", "1", "--max-shard-size", "1GB"]
+    done = run("plan", TINY, "--scheme", "int3-g64", *same, "--json", "p.json")
     assert done.exit_code == 0, done.output
     for part in ("{0-3}", "q_proj", "down_proj", "int3-g64", "peak memory", "disk", "time"):
         assert part in done.output

@@ -138,6 +138,20 @@ def test_an_unknown_decoder_works_by_discovery(tmp_path):
         quantize(base, tmp_path / "awq", method="awq")
 
 
+def test_a_mixture_of_experts_is_refused_by_name(tmp_path):
+    config = tiny_models.transformers.MixtralConfig(
+        **{k: v for k, v in tiny_models.COMMON.items() if k != "head_dim"}, num_local_experts=4
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.config.architectures = [type(model).__name__]
+    base = tiny_models.save(model, tmp_path / "base")
+    with pytest.raises(
+        RefusedError, match=r"MixtralForCausalLM with most of its weights in model\.layers\.0"
+    ):
+        quantize(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_parked_and_rerun_give_the_same_bytes(checkpoints, tmp_path):
     base = checkpoints("llama")
     for name, memory in (("parked", None), ("rerun", 1)):

@@ -112,6 +112,10 @@ ShardSize = Annotated[
     int,
     typer.Option("--max-shard-size", parser=byte_count, help="Largest weight file."),
 ]
+Strict = Annotated[bool, typer.Option("--strict", help="A fallback is an error.")]
+Work = Annotated[
+    Path | None, typer.Option("--work", help="Folder for what is finished. [OUT.work]")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished result of ours.")]
 Json = Annotated[str | None, typer.Option("--json", help="Also as JSON to this file; -: stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no tables.")]
@@ -152,10 +156,8 @@ def quantize(
     length: Length = None,
     recipe: RecipeFile = None,
     threads: Threads = None,
-    strict: Annotated[bool, typer.Option("--strict", help="A fallback is an error.")] = False,
-    work: Annotated[
-        Path | None, typer.Option("--work", help="Folder for what is finished. [OUT.work]")
-    ] = None,
+    strict: Strict = False,
+    work: Work = None,
     seed: Seed = None,
     chat: Chat = None,
     dtype: ForwardType = None,
@@ -206,19 +208,32 @@ def plan_command(
     scheme: SchemeName = None,
     method: Method = None,
     format: Format = None,
-    calibration: Calibration = None,  # noqa: ARG001  the same options as quantize
+    calibration: Calibration = None,  # noqa: ARG001  here and below: taken so that the options of
     samples: Samples = None,
     length: Length = None,
     recipe: RecipeFile = None,
     threads: Threads = None,
+    strict: Strict = False,  # noqa: ARG001  quantize are those of plan; they change no figure
+    work: Work = None,  # noqa: ARG001
+    seed: Seed = None,
+    chat: Chat = None,
     dtype: ForwardType = None,
     memory: Memory = None,
+    max_shard_size: ShardSize = "5GB",  # type: ignore[assignment]  # noqa: ARG001
+    overwrite: Overwrite = False,  # noqa: ARG001
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
     """Peak memory, disk, time and each linear's scheme, before anything runs."""
     wish = _recipe(
-        recipe, scheme=scheme, method=method, format=format, samples=samples, length=length
+        recipe,
+        scheme=scheme,
+        method=method,
+        format=format,
+        samples=samples,
+        length=length,
+        seed=seed,
+        chat=chat,
     )
     made = plan.make(
         resolve(src),

@@ -8,6 +8,7 @@ hold.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ TOKENS_PER_BATCH = 4096  # of one forward call: activations of a block stay in t
 class Job:
     """An opened run. targets: one per linear of every block, in the order they are solved, by name.
 
-    unused: override patterns that matched nothing. batch: windows per forward call."""
+    unused: override patterns that matched nothing. unreached: matrices of the blocks that are no
+    linear. batch: windows per forward call."""
 
     checkpoint: Checkpoint
     recipe: Recipe
@@ -39,6 +41,7 @@ class Job:
     arch: Arch
     targets: Mapping[str, Target]
     unused: tuple[str, ...]
+    unreached: tuple[str, ...]
     dtype: ForwardDtype
     threads: int
     batch: int
@@ -61,6 +64,11 @@ class Job:
     def read(self, module: str, part: str = "weight") -> npt.NDArray[Any]:
         """A tensor of the checkpoint by its name in the model."""
         return self.checkpoint.read(self.skeleton.sources[f"{module}.{part}"])
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user must know: of the format's readers, and of what stays in float."""
+        kept = tuple(f"kept in float, no linear: {name}" for name in self.unreached)
+        return (*kept, *self.format.notes(tuple(self.targets.values())))
 
     def weight(self, target: Target) -> F32:
         """The float32 weights (n, k) of a target; InputError if one is not finite."""
@@ -133,18 +141,12 @@ def open_job(
         arch,
         targets,
         unused,
+        _unreached(skeleton, linears_of(arch, skeleton)),
         dtype,
         ops.resolve_threads(threads),
         max(1, TOKENS_PER_BATCH // recipe.length),
     )
-    longest = int(
-        getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", 0) or 0
-    )
-    if recipe.method != "rtn" and longest and recipe.length > longest:
-        raise InputError(
-            f"[job] wanted windows of at most {longest} tokens, what the model takes, got "
-            f"{recipe.length}"
-        )
+    _require_windows_fit(job)
     if recipe.method.startswith("awq") and not any(group.norm for group in arch.groups):
         raise RefusedError(
             f"[awq] {arch.name} has no known norm in front of its linears that could absorb column "
@@ -154,3 +156,25 @@ def open_job(
     if reason:
         raise RefusedError(reason)
     return job
+
+
+def _require_windows_fit(job: Job) -> None:
+    config = job.skeleton.model.config.get_text_config()
+    longest = int(getattr(config, "max_position_embeddings", 0) or 0)
+    if job.recipe.method != "rtn" and longest and job.recipe.length > longest:
+        raise InputError(
+            f"[job] wanted windows of at most {longest} tokens, what the model takes, got "
+            f"{job.recipe.length}"
+        )
+
+
+def _unreached(skeleton: Skeleton, linears: Mapping[str, Linear]) -> tuple[str, ...]:
+    """Matrices of the blocks that are no linear and stay in float, block numbers as *."""
+    inside = [name for i in range(skeleton.count) for name in skeleton.under(skeleton.path(i))]
+    left = [
+        name
+        for name in inside
+        if skeleton.slots[name].meta.ndim > 1 and name.removesuffix(".weight") not in linears
+    ]
+    path = re.compile(rf"({re.escape(skeleton.block_path)})\.\d+\.")
+    return tuple(dict.fromkeys(path.sub(r"\1.*.", name) for name in left))

@@ -21,6 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from bitwright.calib import attention as door
 from bitwright.spec import InputError, RefusedError
 
+MOST = 0.5  # share of the blocks' weights
+
 _FROM_CONFIG: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
 
 
@@ -90,7 +92,23 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             "[skeleton] wanted a model with a list of decoder layers, found none in "
             f"{type(model).__name__}"
         )
-    return max(found, key=lambda pair: len(pair[1]))
+    path, blocks = max(found, key=lambda pair: len(pair[1]))
+    _require_matrices(model, path, blocks)
+    return path, blocks
+
+
+def _require_matrices(model: PreTrainedModel, path: str, blocks: nn.ModuleList) -> None:
+    """RefusedError where stacks of matrices, the experts of a mixture, hold most of a block: with
+    them in float a result would be small in name only, and readers expect them quantized."""
+    sizes = dict(blocks.named_parameters())
+    stacked = {name: p.numel() for name, p in sizes.items() if p.ndim > 2}
+    if sum(stacked.values()) > MOST * sum(p.numel() for p in sizes.values()):
+        largest = max(stacked, key=lambda name: stacked[name])
+        raise RefusedError(
+            f"[skeleton] wanted blocks made of linears, got {type(model).__name__} with most of "
+            f"its weights in {path}.{largest} of shape {tuple(sizes[largest].shape)}; mixtures of "
+            "experts are not supported yet"
+        )
 
 
 def find_slots(model: PreTrainedModel) -> dict[str, Slot]:
