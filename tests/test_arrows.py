@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "bitwright"
 LOW = {"spec", "registry", "files", "progress"}
 RESULT = LOW | {"ops", "schemes", "recipe", "formats", "archs"}
-TORCH = {"calib", "job", "pipeline", "module", "evaluate", "plan"}
+TORCH = {"calib", "pipeline", "module", "evaluate", "plan"}
 
 # room -> rooms it may import; a room is a module or a package directly under bitwright.
 ARROWS = {
@@ -25,11 +25,12 @@ ARROWS = {
     "recipe": {"spec", "registry", "schemes"},
     "solvers": {"spec", "ops"},
     "transforms": {"spec", "ops"},
-    "formats": {"spec", "registry", "schemes", "ops", "files"},
+    "formats": {"spec", "registry", "schemes", "ops", "files", "archs"},
     "matrix": {"spec", "registry", "schemes", "ops"},
     "calib": {"spec", "ops", "files"},
     "report": {"spec"},
-    "card": {"spec", "report"},
+    "card": {"report"},
+    "papers": {"registry", "files", "export", "report", "card"},
     "spool": {"spec", "schemes", "ops", "files"},
     "export": {"spec", "ops", "files", "progress"},
     "job": RESULT | {"calib"},
@@ -37,13 +38,13 @@ ARROWS = {
     "solving": {"spec", "registry", "solvers", "transforms", "job", "spool"},
     "plan": {"spec", "ops", "calib", "job"},
     "evaluate": {"spec", "registry", "files", "formats", "calib", "progress"},
-    "inspection": RESULT | {"report"},
-    "convert": RESULT | {"report", "export", "card"},
+    "inspection": {"registry", "files", "formats", "report", "papers"},
+    "conversion": RESULT | {"calib", "job", "report", "export", "papers"},
     "pipeline": RESULT
-    | {"calib", "card", "export", "plan", "fingerprint", "job", "report", "solving", "spool"},
-    "module": {"spec", "ops", "calib", "files", "formats", "pipeline", "report"},
+    | {"calib", "export", "plan", "fingerprint", "job", "papers", "report", "solving", "spool"},
+    "module": RESULT | {"calib", "export", "pipeline", "plan", "report"},
 }
-FREE = {"__init__", "__main__", "cli", "demo"}  # the front doors: everything above
+FREE = {"__init__", "__main__", "cli", "show", "demo"}  # the front doors: everything above
 SIBLINGS = {"grids", "solvers", "transforms", "archs"}
 
 

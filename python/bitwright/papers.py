@@ -10,13 +10,19 @@ from bitwright.export import REPORT, write_json
 from bitwright.files.checkpoint import Checkpoint, read_json
 from bitwright.report import RunReport
 
+HOMES = {  # of the names in a load line
+    "AutoModelForCausalLM": "transformers",
+    "CompressedTensorsConfig": "transformers",
+    "GPTQModel": "gptqmodel",
+}
+
 
 def load_lines(folder: Path, checkpoint: Checkpoint) -> tuple[str, str]:
     """The code that loads a quantized checkpoint which is to lie at `folder`: import and call."""
-    config = checkpoint.config["quantization_config"]
-    call = registry.get("formats", config["quant_method"]).load_line(folder, config)
-    names = [n for n in ("AutoModelForCausalLM", "CompressedTensorsConfig") if n in call]
-    return f"from transformers import {', '.join(names)}", f"model = {call}"
+    method = checkpoint.config["quantization_config"]["quant_method"]
+    call = registry.get("formats", method).load_line(folder, checkpoint.config)
+    names = [name for name in HOMES if name in call]
+    return f"from {HOMES[names[0]]} import {', '.join(names)}", f"model = {call}"
 
 
 def write(folder: Path, result: RunReport, out: Path) -> None:

@@ -90,6 +90,19 @@ class Checkpoint:
         return file.read(name)
 
 
+def fetch(get: Callable[[str], npt.NDArray[Any]], layout: Layout) -> dict[str, npt.NDArray[Any]]:
+    """The tensors of `layout`; InputError where one has another dtype or shape."""
+    tensors: dict[str, npt.NDArray[Any]] = {}
+    for name, (dtype, shape) in layout.items():
+        tensors[name] = array = get(name)
+        if array.dtype != dtype or array.shape != shape:
+            raise InputError(
+                f"[checkpoint] wanted tensor {name} as {dtype} {shape}, got {array.dtype} "
+                f"{array.shape}"
+            )
+    return tensors
+
+
 def _weight_map(folder: Path) -> dict[str, str]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     good = isinstance(weight_map, dict) and all(

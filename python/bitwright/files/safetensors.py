@@ -105,7 +105,7 @@ def _header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]
         )
     try:
         header = json.loads(file.read(length), object_pairs_hook=_unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"[safetensors] the header of {path} is not valid JSON: {error}"
         ) from error
@@ -139,7 +139,8 @@ def _entry(path: Path, name: str, fields: Any, start: int) -> Entry:
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"[safetensors] wanted dtype, shape and data_offsets of {name} in {path}, got {fields}"
+            f"[safetensors] wanted dtype ({', '.join(DTYPES)}), shape and data_offsets of {name} "
+            f"in {path}, got {fields!s:.200}"
         ) from error
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise InputError(
@@ -212,7 +213,7 @@ def write(
     with atomic(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name, (dtype, shape) in layout.items():
-            array = np.ascontiguousarray(produce(name))
+            array = np.asarray(produce(name), order="C")
             if array.dtype != dtype or array.shape != tuple(shape):
                 raise InputError(
                     f"[safetensors] wanted {name} as {dtype} {tuple(shape)}, "

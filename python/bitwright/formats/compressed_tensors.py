@@ -10,15 +10,25 @@ Below the module path P of a linear (n, k), b bits, G groups in a row:
 
 Codes and zero points are the unsigned ones: the library stores signed values plus 2^(b-1), which is
 the same. Words are one dense bitstream since library version 0.18; before, 3, 5, 6 and 7 bits were
-padded to whole values in a word, so only 2, 4 and 8 bits are written for readers of any age and the
-config's "version" says 0.18 or later. A tensor scheme is written as channel with its scale
-repeated.
+padded to whole values in a word: the config's "version" says which, and padded files are refused. A
+tensor scheme is written as channel with its scale repeated.
 
-Readers (transformers 5.17 to 5.23 with compressed-tensors 0.19, run): rows that the group size does
-not divide fail in the first forward, so they are refused here; a transposed weight (GPT-2's Conv1D)
-is not a Linear to the reader, which leaves it with random weights, so it is refused. transformers
-5.23 loads asymmetric files only with CompressedTensorsConfig(dequantize=True), and several schemes
-in one file only without it.
+Config: one scheme targets the class Linear, several list their modules by name. `ignore` names what
+stays in float, and by a pattern every module outside the blocks: a Linear that is targeted and not
+ignored (OPT 350M's project_in, say) is read as a quantized one.
+
+Readers (transformers 5.17 to 5.24 with compressed-tensors 0.19 and 0.20, run):
+  rows that the group size does not divide, and rows shorter than a group, fail in the first
+  forward, so they are refused here; a row of K columns need not be whole words or groups of 32
+  a transposed weight (GPT-2's Conv1D) is no Linear to the reader and stays random: refused here
+  one symmetric scheme: read right by default and with CompressedTensorsConfig(dequantize=True)
+  one asymmetric scheme: 5.23 and 5.24 read it with dequantize=True only (by default the loader
+  raises, because the placeholder of weight_zero_point has another shape); 5.22 reads it both ways
+  several symmetric schemes: 5.23 and 5.24 read them by default only (dequantize=True decodes each
+  linear as the first scheme: wrong weights without an error, or a shape error); 5.22 both ways
+  several with an asymmetric one among them: 5.23 and 5.24 in no way; 5.22 both ways
+  weights are computed in the dtype of the scale: by default the one that the model is loaded in,
+  with dequantize=True the one in the file
 """
 
 from __future__ import annotations
@@ -32,11 +42,15 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright import ops, schemes
+from bitwright.files.checkpoint import fetch
 from bitwright.spec import Arch, InputError, QTensor, RefusedError, Scheme, Target
 
 METHOD = "compressed-tensors"
 BITS = (2, 3, 4, 5, 6, 7, 8)
 LIBRARY = "0.19.0"  # the library version whose layout this is
+DENSE_SINCE = (0, 18)  # versions before padded the words of PADDED bits
+PADDED = (3, 5, 6, 7)
+FLOATS = (np.dtype(np.float32), np.dtype(np.float16), ops.BFLOAT16)
 Array = npt.NDArray[Any]
 Getter = Callable[[str], Array]
 
@@ -55,7 +69,7 @@ def refuse(targets: Sequence[Target], arch: Arch) -> str | None:  # noqa: ARG001
             continue
         if scheme.bits not in BITS:
             return f"[compressed-tensors] {target.name}: {scheme.name} wants 2 to 8 bits"
-        if target.shape[1] % scheme.columns(target.shape[1]):
+        if scheme.group > 0 and target.shape[1] % scheme.group:
             return f"[compressed-tensors] {target.name}: {short_group(scheme, target.shape[1])}"
     return None
 
@@ -73,24 +87,26 @@ def short_group(scheme: Scheme, k: int) -> str:
 def notes(targets: Sequence[Target]) -> tuple[str, ...]:
     """What a user must know to load the file."""
     found = {target.scheme for target in targets if target.scheme is not None}
+    asymmetric = any(not scheme.symmetric for scheme in found)
     said = []
-    if any(not scheme.symmetric for scheme in found):
+    if asymmetric and len(found) > 1:
         said.append(
-            "transformers 5.23 loads asymmetric compressed-tensors files only with "
+            "transformers 5.23 and 5.24 load no compressed-tensors file with several schemes of "
+            "which one is asymmetric; 5.22 does, and symmetric schemes load everywhere"
+        )
+    elif asymmetric:
+        said.append(
+            "transformers 5.23 and 5.24 load asymmetric compressed-tensors files only with "
             "quantization_config=CompressedTensorsConfig(dequantize=True)"
         )
-    if len(found) > 1:
+    elif len(found) > 1:
         said.append(
-            "transformers 5.23 loads several schemes in one compressed-tensors file only without "
-            "dequantize=True"
+            "transformers 5.23 and 5.24 read several schemes in one compressed-tensors file right "
+            "only without dequantize=True, which gives wrong weights silently"
         )
-    if any(scheme.bits in (3, 5, 6, 7) for scheme in found):
+    if any(scheme.bits in PADDED for scheme in found):
         said.append("3, 5, 6 and 7 bits need compressed-tensors 0.18 or later to be read right")
     return tuple(said)
-
-
-def _groups(shape: tuple[int, int], scheme: Scheme) -> int:
-    return scheme.groups(shape[1])
 
 
 def _words(values: int, bits: int) -> int:
@@ -102,7 +118,7 @@ def layout(
 ) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     """Names, dtypes and shapes of the tensors of one linear."""
     n, k = shape
-    groups, int32 = _groups(shape, scheme), np.dtype(np.int32)
+    groups, int32 = scheme.groups(k), np.dtype(np.int32)
     tensors: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
         f"{name}.weight_packed": (int32, (n, _words(k, scheme.bits))),
         f"{name}.weight_scale": (dtype, (n, groups)),
@@ -134,27 +150,46 @@ def write(name: str, q: QTensor, dtype: np.dtype[Any]) -> dict[str, Array]:
 
 
 def _scheme_of(weights: Mapping[str, Any]) -> Scheme:
-    strategy, bits = weights.get("strategy"), weights.get("num_bits")
-    group = weights.get("group_size") or 0
-    where = f"g{group}" if strategy == "group" and group > 0 else "channel"
-    if weights.get("type", "int") != "int" or strategy not in ("group", "channel"):
+    strategy, bits, group = (weights.get(key) for key in ("strategy", "num_bits", "group_size"))
+    grouped = strategy == "group" and isinstance(group, int) and group > 0
+    if weights.get("type", "int") != "int" or not (grouped or strategy == "channel"):
         raise RefusedError(
             "[compressed-tensors] wanted integer weights by group or channel, got "
-            f"{weights.get('type')} "
-            f"by {strategy}"
+            f"{weights.get('type')} by {strategy} of {group}"
         )
+    if weights.get("actorder") == "group":
+        raise RefusedError(
+            "[compressed-tensors] columns in act-order (actorder group, an arbitrary g_idx) are "
+            "not read"
+        )
+    where = f"g{group}" if grouped else "channel"
     return schemes.parse(f"int{bits}-{where}{'' if weights.get('symmetric', True) else '-asym'}")
+
+
+def _groups(config: Mapping[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
+    """Targets and weights of each group of a config."""
+    try:
+        groups = [(g["targets"], dict(g["weights"])) for g in config["config_groups"].values()]
+        patterns = [config.get("ignore") or [], *(targets for targets, _ in groups)]
+        for pattern in (p for listed in patterns for p in listed):
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+    except (LookupError, AttributeError, TypeError, ValueError, re.error) as error:
+        raise InputError(
+            "[compressed-tensors] wanted patterns as ignore, and targets and weights in each of "
+            f"the config_groups, got {dict(config)!s:.200}"
+        ) from error
+    return groups
 
 
 def scheme(name: str, config: Mapping[str, Any]) -> Scheme | None:
     """The scheme that a quantization_config gives the module `name`; None: not quantized."""
+    groups = _groups(config)
     if any(_matches(pattern, name) for pattern in config.get("ignore") or ()):
         return None
-    groups = list(config.get("config_groups", {}).values())
-    exact = [g for g in groups if any(_matches(t, name) for t in g["targets"] if t != "Linear")]
-    general = [g for g in groups if "Linear" in g["targets"]]
-    for group in (*exact, *general):
-        return _scheme_of(group["weights"])
+    exact = [weights for targets, weights in groups if any(_matches(t, name) for t in targets)]
+    general = [weights for targets, weights in groups if "Linear" in targets]
+    for weights in (*exact, *general):
+        return _scheme_of(weights)
     return None
 
 
@@ -171,15 +206,29 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
         raise InputError(
             f"[compressed-tensors] wanted {name} as pack-quantized, got {config.get('format')}"
         )
-    n, k = (int(size) for size in get(f"{name}.weight_shape"))
-    codes = ops.unpack(get(f"{name}.weight_packed").view(np.uint32), wanted.bits, k)
-    scales = get(f"{name}.weight_scale").astype(np.float32)
+    _require_dense(wanted, config)
+    n, k = shape(name, {}, get)
+    dtype = get(f"{name}.weight_scale").dtype
+    if dtype not in FLOATS:
+        raise InputError(f"[compressed-tensors] wanted float scales of {name}, got {dtype}")
+    tensors = fetch(get, layout(name, (n, k), wanted, dtype))
+    codes = ops.unpack(tensors[f"{name}.weight_packed"].view(np.uint32), wanted.bits, k)
+    scales = tensors[f"{name}.weight_scale"].astype(np.float32)
     if wanted.symmetric:
         zeros = np.full(scales.shape, 1 << (wanted.bits - 1), np.uint8)
     else:
-        words = np.ascontiguousarray(get(f"{name}.weight_zero_point").T).view(np.uint32)
+        words = np.ascontiguousarray(tensors[f"{name}.weight_zero_point"].T).view(np.uint32)
         zeros = np.ascontiguousarray(ops.unpack(words, wanted.bits, n).T)
     return QTensor(codes, scales, zeros, wanted)
+
+
+def _require_dense(scheme: Scheme, config: Mapping[str, Any]) -> None:
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("version") or LIBRARY))
+    if scheme.bits in PADDED and version and tuple(map(int, version.groups())) < DENSE_SINCE:
+        raise RefusedError(
+            f"[compressed-tensors] {scheme.bits} bits of version {config['version']} are packed in "
+            "padded words, which are not read; versions since 0.18 are"
+        )
 
 
 def quantized(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:  # noqa: ARG001
@@ -194,8 +243,11 @@ def shape(
     get: Getter,
 ) -> tuple[int, int]:
     """(n, k) of a quantized linear."""
-    n, k = (int(size) for size in get(f"{name}.weight_shape"))
-    return n, k
+    sizes = get(f"{name}.weight_shape").tolist()
+    good = isinstance(sizes, list) and len(sizes) == 2 and all(type(x) is int for x in sizes)
+    if not good or min(sizes) < 1:
+        raise InputError(f"[compressed-tensors] wanted {name}.weight_shape as n, k, got {sizes}")
+    return sizes[0], sizes[1]
 
 
 def _weights(wanted: Scheme) -> dict[str, Any]:
@@ -211,6 +263,12 @@ def _weights(wanted: Scheme) -> dict[str, Any]:
         "observer": "minmax",
         "observer_kwargs": {},
     }
+
+
+def _outside(targets: Sequence[Target]) -> str:
+    """The pattern of all modules that lie in no block."""
+    blocks = targets[0].name.removesuffix(f".{targets[0].linear.name}").split(".")[-2]
+    return rf"re:(?!(.*\.)?{re.escape(blocks)}\.\d+\.)"
 
 
 def config(targets: Sequence[Target], version: str) -> dict[str, Any]:
@@ -236,7 +294,7 @@ def config(targets: Sequence[Target], version: str) -> dict[str, Any]:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "ignore": ["lm_head", *(t.name for t in targets if t.scheme is None)],
+        "ignore": ["lm_head", _outside(targets), *(t.name for t in targets if t.scheme is None)],
         "kv_cache_scheme": None,
         "sparsity_config": {},
         "transform_config": {},
@@ -251,9 +309,10 @@ def side_files(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:  # noqa:
 
 
 def load_line(path: Path, config: Mapping[str, Any]) -> str:
-    """The line that loads a written folder in transformers."""
-    asymmetric = any(not g["weights"]["symmetric"] for g in config["config_groups"].values())
-    if not asymmetric:
+    """The call that loads a written folder in transformers; config: its config.json."""
+    groups = config["quantization_config"]["config_groups"]
+    symmetric = [g["weights"]["symmetric"] for g in groups.values()]
+    if len(symmetric) > 1 or all(symmetric):
         return f'AutoModelForCausalLM.from_pretrained("{path}")'
     return (
         f'AutoModelForCausalLM.from_pretrained("{path}", '

@@ -2,10 +2,11 @@
 
 Below the module path P of a linear (n, k), b bits, G groups in a row:
 
-    P.qweight  int32 (ceil(k b / 32), n)    codes along k for each output, least significant bit
-    first P.qzeros   int32 (G, ceil(n b / 32))    zero points along n P.scales   fp16 (G, n) P.g_idx
-    int32 (k,)                   group of each input column: j // group w[i, j] = (code[i, j] -
-    zero[g_idx[j], i]) * scales[g_idx[j], i]
+    P.qweight  int32 (ceil(k b / 32), n)    codes along k for each output, lowest bit first
+    P.qzeros   int32 (G, ceil(n b / 32))    zero points along n
+    P.scales   fp16 (G, n)
+    P.g_idx    int32 (k,)                   group of each input column: j // group
+    w[i, j] = (code[i, j] - zero[g_idx[j], i]) * scales[g_idx[j], i]
 
 Two conventions for qzeros: v1 (checkpoint_format "gptq") stores zero - 1, v2 ("gptq_v2") the zero
 point. Symmetric results are written as v1, the form that every reader knows; asymmetric ones as v2,
@@ -13,11 +14,18 @@ because readers of v1 either refuse files that a certain tool did not write or w
 0 to 2^b. A tensor scheme is written as channel (group_size -1) with its scale repeated. g_idx must
 be in the file: one reader takes uninitialised memory where it is absent.
 
-Readers (GPTQModel 7.6 and transformers 5.23 with optimum 2.3, run): group sizes 16, 32, 64, 128,
-256, 512, 1024 and -1; one bit width in a file (`dynamic` overrides are ignored by transformers).
-Both convert every linear of a block, so those that stay in float are named twice: `dynamic` "-:"
-for GPTQModel, `modules_in_block_to_quantize` for transformers; the second knows no block numbers,
-so a linear must be kept in all blocks or in none.
+Readers (GPTQModel 7.6 and 7.7, its torch kernel; transformers 5.23 and 5.24 with optimum 2.3; run):
+  group sizes 16, 32, 64, 128, 256, 512, 1024 and -1; a group may be longer than the row
+  one bit width in a file: `dynamic` overrides are ignored by transformers
+  both convert every linear of a block, so those that stay in float are named twice: `dynamic` "-:"
+  for GPTQModel, `modules_in_block_to_quantize` for transformers; the second knows no block numbers,
+  so a linear must be kept in all blocks or in none
+  3 bits want n and k divisible by 32 (both raise otherwise); 2, 4 and 8 bits take any n and k
+  weights are computed in fp16, one rounding, then cast to the model's dtype; GPTQModel refuses a
+  float32 model, transformers runs one
+  GPT-2 (Conv1D, codes along its inputs as everywhere): GPTQModel reads it; transformers raises,
+  because the model's own initialisation wants a weight that the kernel does not have
+  Phi-3: transformers reads it; GPTQModel raises, because it wants gate and up apart
 """
 
 from __future__ import annotations
@@ -31,11 +39,14 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright import ops, schemes
+from bitwright.files.checkpoint import fetch
 from bitwright.spec import Arch, InputError, QTensor, RefusedError, Scheme, Target
 
 METHOD = "gptq"
 BITS = (2, 3, 4, 8)
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)
+VERSIONS = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format: what is missing from stored zero points
+FLOATS = (np.dtype(np.float16), np.dtype(np.float32), ops.BFLOAT16)
 Array = npt.NDArray[Any]
 Getter = Callable[[str], Array]
 
@@ -51,8 +62,7 @@ def refuse(targets: Sequence[Target], arch: Arch) -> str | None:
     if len(names) > 1:
         return (
             f"[gptq] {wanted[0].name} and others have the schemes {', '.join(names)}: "
-            "transformers reads "
-            "one scheme in a GPTQ file; --format compressed-tensors holds several"
+            "transformers reads one scheme in a file; --format compressed-tensors holds several"
         )
     return _refuse_uneven(targets, arch)
 
@@ -67,6 +77,11 @@ def _refuse_one(target: Target) -> str | None:
         return "its scales are float32, GPTQ files store fp16; use the default scale grid"
     if scheme.group > 0 and scheme.group not in GROUPS:
         return f"groups of {scheme.group} are not read, those of {', '.join(map(str, GROUPS))} are"
+    if scheme.bits == 3 and (target.shape[0] % 32 or k % 32):
+        return (
+            f"readers take 3 bits where both sides are multiples of 32, it is {target.shape[0]} x "
+            f"{k}; 2, 4 and 8 bits would work, or --format compressed-tensors"
+        )
     if k % scheme.columns(k):
         fits = [f"g{g}" for g in GROUPS if k % g == 0 and g <= 256]
         return (
@@ -94,9 +109,20 @@ def _refuse_uneven(targets: Sequence[Target], arch: Arch) -> str | None:
 
 def notes(targets: Sequence[Target]) -> tuple[str, ...]:
     """What a user must know to load the file."""
-    if any(t.scheme is not None and not t.scheme.symmetric for t in targets):
-        return ("asymmetric GPTQ files are written as gptq_v2: GPTQModel and optimum read them",)
-    return ()
+    wanted = [target for target in targets if target.scheme is not None]
+    said = []
+    if any(not t.scheme.symmetric for t in wanted if t.scheme is not None):
+        said.append("asymmetric GPTQ files are written as gptq_v2: GPTQModel and optimum read them")
+    if any(target.linear.transposed for target in wanted):
+        said.append(
+            "GPTQ files of GPT-2 (Conv1D) load in GPTQModel 7.7, but not through transformers 5.24"
+        )
+    if any({"mlp.gate", "mlp.up"} <= set(target.linear.roles) for target in wanted):
+        said.append(
+            "GPTQ files with gate and up in one matrix (Phi-3) load through transformers 5.24, but "
+            "not in GPTQModel 7.7"
+        )
+    return tuple(said)
 
 
 def _words(values: int, bits: int) -> int:
@@ -149,27 +175,53 @@ def scheme(name: str, config: Mapping[str, Any]) -> Scheme:  # noqa: ARG001
     return schemes.parse(f"int{bits}-{where}{'' if symmetric else '-asym'}")
 
 
+def _missing(config: Mapping[str, Any]) -> int:
+    """What a reader adds to the stored zero points."""
+    known = config.get("checkpoint_format") or config.get("format") or "gptq"
+    if known not in VERSIONS:
+        raise RefusedError(
+            f"[gptq] wanted checkpoint_format {' or '.join(VERSIONS)}, got {known!r}"
+        )
+    return VERSIONS[known]
+
+
 def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     """The linear `name` of a checkpoint whose tensors `get` gives."""
-    if config.get("dynamic") and any(k.startswith("+:") for k in config["dynamic"]):
+    if any(str(key).startswith("+:") for key in config.get("dynamic") or ()):
         raise RefusedError("[gptq] files with several bit widths (dynamic +:) are not read")
-    wanted = scheme(name, config)
-    words, scales = get(f"{name}.qweight"), get(f"{name}.scales").T.astype(np.float32)
-    n, order = words.shape[1], get(f"{name}.g_idx")
-    k = len(order)
+    wanted, missing = scheme(name, config), _missing(config)
+    order, scales = get(f"{name}.g_idx"), get(f"{name}.scales")
+    if order.ndim != 1 or scales.ndim != 2 or not order.size or scales.dtype not in FLOATS:
+        raise InputError(
+            f"[gptq] wanted {name}.g_idx as k integers and {name}.scales as groups x n floats, got "
+            f"{order.shape} and {scales.shape} of {scales.dtype}"
+        )
+    k, n = len(order), scales.shape[1]
+    expected = layout(name, (n, k), wanted, scales.dtype)
+    expected[f"{name}.scales"] = (scales.dtype, (wanted.groups(k), n))
+    tensors = fetch(get, expected)
     if not np.array_equal(order, np.arange(k) // wanted.columns(k)):
         raise RefusedError(f"[gptq] {name}: columns in act-order (an arbitrary g_idx) are not read")
-    codes = ops.unpack(np.ascontiguousarray(words.T).view(np.uint32), wanted.bits, k)
-    packed = np.ascontiguousarray(get(f"{name}.qzeros")).view(np.uint32)
-    zeros = np.ascontiguousarray(ops.unpack(packed, wanted.bits, n).T)
-    if config.get("checkpoint_format", "gptq") == "gptq":
-        if (zeros == (1 << wanted.bits) - 1).any():
-            raise InputError(
-                f"[gptq] {name}: a zero field of all ones in a v1 file means 0 to some tools and "
-                f"{1 << wanted.bits} to others"
-            )
-        zeros = zeros + np.uint8(1)
-    return QTensor(codes, np.ascontiguousarray(scales), zeros, wanted)
+    words = np.ascontiguousarray(tensors[f"{name}.qweight"].T).view(np.uint32)
+    codes = ops.unpack(words, wanted.bits, k)
+    packed = np.ascontiguousarray(tensors[f"{name}.qzeros"]).view(np.uint32)
+    stored = np.ascontiguousarray(ops.unpack(packed, wanted.bits, n).T)
+    _check_zeros(name, stored, wanted, missing)
+    values = np.ascontiguousarray(scales.T.astype(np.float32))
+    return QTensor(codes, values, stored + np.uint8(missing), wanted)
+
+
+def _check_zeros(name: str, stored: Array, wanted: Scheme, missing: int) -> None:
+    middle = 1 << (wanted.bits - 1)
+    if missing and (stored == 2 * middle - 1).any():
+        raise InputError(
+            f"[gptq] {name}: a zero field of all ones in a v1 file means 0 to some tools and "
+            f"{2 * middle} to others"
+        )
+    if wanted.symmetric and (stored != middle - missing).any():
+        raise InputError(
+            f"[gptq] {name}: its config says symmetric, but not all of its zero points are {middle}"
+        )
 
 
 def quantized(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:  # noqa: ARG001
@@ -213,6 +265,9 @@ def side_files(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {"quantize_config.json": dict(config)}
 
 
-def load_line(path: Path, config: Mapping[str, Any]) -> str:  # noqa: ARG001
-    """The line that loads a written folder in transformers (with gptqmodel and optimum)."""
+def load_line(path: Path, config: Mapping[str, Any]) -> str:
+    """The call that loads a written folder in transformers (with gptqmodel and optimum), or in
+    GPTQModel what transformers cannot load; config: its config.json."""
+    if config.get("model_type") == "gpt2":
+        return f'GPTQModel.load("{path}", device="cpu")'
     return f'AutoModelForCausalLM.from_pretrained("{path}")'

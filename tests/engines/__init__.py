@@ -1,0 +1,1 @@
+"""Real engines load what we write: the last word on every format."""
