@@ -1,7 +1,8 @@
 // The C++ table of contents: every op, its contract, its formula. Matrices are row-major, W is (n,
 // k) = (out, in); `group` columns share a scale, G = ceil(k / group); value w = (code - zero) *
 // scale. Each op has a plain NumPy twin of the same name in tests/ref. Errors are
-// std::invalid_argument.
+// std::invalid_argument; W, E, H and R are refused unless finite and at most 2^56, scales unless
+// not 0.
 #pragma once
 
 #include <string>

@@ -91,13 +91,14 @@ inline void fit_vector(const FitOptions& o, std::int64_t columns, const float* w
   const float one = 1.0F;
   const float* factors = o.factor_count > 0 ? o.factors : &one;
   const std::int64_t count = o.factor_count > 0 ? o.factor_count : 1;
-  Best best = {infinite, start, middle};
+  Best best = {};
   for (std::int64_t i = 0; i < count; ++i) {
     const VF s = to_scale_grid(start * factors[i], o);
     const VF z0 = o.symmetric ? middle : rint(-low * factors[i] / s);
     for (int d = 0; d <= (o.symmetric ? 0 : 2 * o.zero_span); ++d) {
       const float shift = static_cast<float>(d % 2 == 1 ? -(d + 1) / 2 : d / 2);
       const VF z = o.symmetric ? middle : minimum(maximum(z0 + shift, zero_min), top);
+      if (i == 0 && d == 0) best = {infinite, s, z};  // kept where every score overflows
       const VF loss = o.factor_count > 0 ? score<kPower24>(o, columns, w, weight, s, z) : VF{};
       consider(best, loss, s, z);
     }

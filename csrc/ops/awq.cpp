@@ -27,17 +27,14 @@ void round_group(int max_code, Index columns, const float* w, const float* colum
     }
 }
 
-LeftSlices left_of(In<double> h, Index first, Index columns) {
-  return {columns, columns,
-          [&](Index p, Index i) { return static_cast<float>(h(first + p, first + i)); }};
-}
-
 }  // namespace
 
 double quadratic(In<float> e, In<double> h) {
   const Index n = e.rows(), k = e.cols(), nr = table().nr_f32;
   require_square("quadratic", k, h);
-  const LeftSlices left = left_of(h, 0, k);
+  require_finite("quadratic", "E", e);
+  require_finite("quadratic", "H", h);
+  const LeftSlices left = half_of(h, 0, k);
   Buffer<double> loss(ceil_div(n, nr) * nr, true);
   parallel_for(ceil_div(n, nr), [&](Index panel) {
     Buffer<float> error(k * nr);
@@ -57,9 +54,15 @@ void awq_scale(In<float> w, In<double> h, In<float> column_scales, const FitSett
           "[awq_scale] column_scales must be A x ", k, " with A losses, got ", column_scales.rows(),
           " x ", column_scales.cols(), " and ", losses.size());
   require(group > 0, "[awq_scale] group must be positive, got ", group);
+  require_finite("awq_scale", "column_scales", column_scales);
+  for (Index i = 0; i < column_scales.size(); ++i)
+    require(column_scales(i / k, i % k) > 0.0F, "[awq_scale] column_scales must be positive, got ",
+            column_scales(i / k, i % k), " at (", i / k, ", ", i % k, ")");
+  require_finite("awq_scale", "W", w);
+  require_finite("awq_scale", "H", h);
   const Eigen::VectorXf none;
   const FitOptions options = fit_options(settings, none);
-  const LeftSlices left = left_of(h, 0, k);
+  const LeftSlices left = half_of(h, 0, k);
   const Index panels = ceil_div(n, nr), candidates = column_scales.rows();
   Buffer<double> loss(candidates * panels * nr, true);
   parallel_for(candidates * panels, [&](Index task) {
@@ -88,11 +91,15 @@ void awq_clip(In<float> w, In<double> h, const FitSettings& settings, InVec<floa
   const Index n = w.rows(), k = w.cols(), nr = table().nr_f32, group = settings.group;
   require_square("awq_clip", k, h);
   require_codes("awq_clip", n, k, group, scales, zeros);
+  require_finite("awq_clip", "W", w);
+  require_finite("awq_clip", "H", h);
+  require_factors("awq_clip", factors);
+  require(factors.size() > 0, "[awq_clip] factors must have at least 1 entry, got 0");
   const Eigen::VectorXf none;
   const FitOptions plain = fit_options(settings, none);
   for (Index g = 0; g < scales.cols(); ++g) {
     const Index first = g * group, columns = std::min(group, k - first);
-    const LeftSlices left = left_of(h, first, columns);
+    const LeftSlices left = half_of(h, first, columns);
     parallel_for(ceil_div(n, nr), [&](Index panel) {
       Buffer<float> values(columns * nr), error(columns * nr), scale(nr), zero(nr);
       Buffer<double> loss(nr), best(nr);
@@ -108,7 +115,7 @@ void awq_clip(In<float> w, In<double> h, const FitSettings& settings, InVec<floa
         std::fill(loss.get(), loss + nr, 0.0);
         panel_quadratic(left, columns, error.get(), loss.get());
         for (Index lane = 0; lane < std::min(nr, n - panel * nr); ++lane) {
-          if (!(loss[lane] < best[lane])) continue;
+          if (f > 0 && !(loss[lane] < best[lane])) continue;
           best[lane] = loss[lane];
           scales(panel * nr + lane, g) = scale[lane];
           zeros(panel * nr + lane, g) = static_cast<std::uint8_t>(zero[lane]);

@@ -109,13 +109,11 @@ bool factor(In<double> h, InVec<std::int32_t> order, InVec<std::uint8_t> dead, d
             Out<float> r) {
   const Index k = h.rows();
   require_square("factor", k, h);
-  require(order.size() == k && dead.size() == k, "[factor] order and dead must have ", k,
-          " entries, got ", order.size(), " and ", dead.size());
+  require_permutation("factor", k, order);
+  require(dead.size() == k, "[factor] dead must have ", k, " entries, got ", dead.size());
   require(r.rows() == k && r.cols() == k, "[factor] R must be ", k, " x ", k, ", got ", r.rows(),
           " x ", r.cols());
-  for (Index i = 0; i < k; ++i)
-    require(order[i] >= 0 && order[i] < k, "[factor] order must be a permutation of 0 .. ", k - 1,
-            ", got ", order[i]);
+  require_finite("factor", "H", h);
   Cholesky cholesky(k);
   cholesky.load([&](Index row, Index column) {
     const Index i = order[k - 1 - row], j = order[k - 1 - column];
@@ -125,7 +123,8 @@ bool factor(In<double> h, InVec<std::int32_t> order, InVec<std::uint8_t> dead, d
   if (!cholesky.run()) return false;
   parallel_for(k, [&](Index i) {
     for (Index j = 0; j < k; ++j)
-      r(i, j) = j < i ? 0.0F : static_cast<float>(cholesky(k - 1 - i, k - 1 - j));
+      // + 0: the sign of a zero depends on the block that it went through
+      r(i, j) = j < i ? 0.0F : static_cast<float>(cholesky(k - 1 - i, k - 1 - j)) + 0.0F;
   });
   return true;
 }

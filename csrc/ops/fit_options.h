@@ -7,6 +7,12 @@
 
 namespace bitwright {
 
+inline void require_factors(const char* op, InVec<float> factors) {
+  for (Index i = 0; i < factors.size(); ++i)
+    require(factors[i] > 0.0F && factors[i] <= 1e4F, "[", op,
+            "] factors must be positive and at most 1e4, got ", factors[i], " at ", i);
+}
+
 // Largest and smallest scale: the values of the scale grid that are normal numbers in every format
 // that the grid promises ("bf16": exact in fp16 too, hence fp16's normal range).
 inline FitOptions fit_options(const FitSettings& s, InVec<float> factors) {

@@ -2,10 +2,13 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "core/buffer.h"
 #include "core/check.h"
+#include "core/parallel.h"
 #include "core/view.h"
 #include "kernels/dispatch.h"
 
@@ -30,10 +33,14 @@ class LeftSlices {
         rows_(rows),
         slices_(ceil_div(columns, mr_)),
         data_(rows * slices_ * mr_) {
-    for (Index s = 0; s < slices_; ++s)
-      for (Index p = 0; p < rows; ++p)
-        for (Index i = 0; i < mr_; ++i)
-          data_[(s * rows + p) * mr_ + i] = s * mr_ + i < columns ? at(p, s * mr_ + i) : 0.0F;
+    parallel_for(slices_, [&](Index s) {
+      const Index width = std::min(mr_, columns - s * mr_);
+      float* to = data_ + s * rows * mr_;
+      for (Index p = 0; p < rows; ++p, to += mr_) {
+        for (Index i = 0; i < width; ++i) to[i] = at(p, s * mr_ + i);
+        for (Index i = width; i < mr_; ++i) to[i] = 0.0F;
+      }
+    });
   }
   Index slices() const { return slices_; }
   Index mr() const { return mr_; }
@@ -44,16 +51,25 @@ class LeftSlices {
   Buffer<float> data_;
 };
 
-// Adds e H e^T of each lane of the panel e [k][nr] to loss [nr], H symmetric as LeftSlices (k, k).
+// Half of the symmetric block of H at (first, first): its upper triangle with half the diagonal.
+inline LeftSlices half_of(In<double> h, Index first, Index columns) {
+  return {columns, columns, [&](Index p, Index i) {
+            const double half = p < i ? 1.0 : p == i ? 0.5 : 0.0;
+            return static_cast<float>(half * h(first + p, first + i));
+          }};
+}
+
+// Adds e H e^T = 2 e half(H) e^T of each lane of the panel e [k][nr] to loss [nr]; h from half_of.
+// The zeros below the diagonal of a slice add nothing, so its height changes no bit.
 inline void panel_quadratic(const LeftSlices& h, Index k, const float* e, double* loss) {
   const Index nr = table().nr_f32, mr = h.mr();
   Buffer<float> product(mr * nr);
   for (Index s = 0; s < h.slices(); ++s) {
     std::memset(product.get(), 0, static_cast<std::size_t>(mr * nr) * sizeof(float));
-    table().tile_f32(k, h.slice(s), mr, e, product.get(), nr);
+    table().tile_f32(std::min(k, (s + 1) * mr), h.slice(s), mr, e, product.get(), nr);
     for (Index i = 0; i < std::min(mr, k - s * mr); ++i)
       for (Index lane = 0; lane < nr; ++lane)
-        loss[lane] += static_cast<double>(product[i * nr + lane]) *
+        loss[lane] += 2.0 * static_cast<double>(product[i * nr + lane]) *
                       static_cast<double>(e[(s * mr + i) * nr + lane]);
   }
 }
@@ -67,6 +83,39 @@ inline void require_codes(const char* op, Index n, Index k, Index group, In<floa
       "[", op, "] scales and zeros must be ", n, " x ", groups, " for a ", n, " x ", k,
       " matrix in groups of ", group, ", got ", scales.rows(), " x ", scales.cols(), " and ",
       zeros.rows(), " x ", zeros.cols());
+}
+
+// Beyond this a weight or an entry of H is damage, and a sum of products could leave float32's
+// range.
+inline constexpr double kLargest = 0x1p56;
+
+template <class T>
+inline void require_finite(const char* op, const char* what,
+                           const Eigen::Ref<const RowMajor<T>>& x) {
+  parallel_for(x.rows(), [&](Index r) {
+    const T* row = x.data() + r * x.outerStride();
+    for (Index j = 0; j < x.cols(); ++j)
+      require(std::abs(row[j]) <= static_cast<T>(kLargest), "[", op, "] ", what,
+              " must be finite and at most 2^56, got ", row[j], " at (", r, ", ", j, ")");
+  });
+}
+
+inline void require_scales(const char* op, In<float> scales) {
+  require_finite(op, "scales", scales);
+  for (Index r = 0; r < scales.rows(); ++r)
+    for (Index g = 0; g < scales.cols(); ++g)
+      require(scales(r, g) != 0.0F, "[", op, "] scales must not be 0, got 0 at (", r, ", ", g, ")");
+}
+
+inline void require_permutation(const char* op, Index k, InVec<std::int32_t> order) {
+  require(order.size() == k, "[", op, "] order must have ", k, " entries, got ", order.size());
+  std::vector<bool> seen(static_cast<std::size_t>(k));
+  for (Index i = 0; i < k; ++i) {
+    const bool fresh = order[i] >= 0 && order[i] < k && !seen[static_cast<std::size_t>(order[i])];
+    require(fresh, "[", op, "] order must be a permutation of 0 .. ", k - 1, ", got ", order[i],
+            " at ", i);
+    seen[static_cast<std::size_t>(order[i])] = true;
+  }
 }
 
 inline void require_square(const char* op, Index k, In<double> h) {

@@ -29,6 +29,10 @@ void fit(In<float> w, InVec<float> weight, const FitSettings& settings, InVec<fl
   require_codes("fit", n, k, settings.group, scales, zeros);
   require(weight.size() == 0 || weight.size() == k, "[fit] weight must have ", k, " entries, got ",
           weight.size());
+  require_finite("fit", "W", w);
+  for (Index i = 0; i < weight.size(); ++i)
+    require(weight[i] >= 0.0F, "[fit] weight must not be negative, got ", weight[i], " at ", i);
+  require_factors("fit", factors);
   const FitOptions options = fit_options(settings, factors);
   const Index groups = scales.cols();
   parallel_for(ceil_div(n, nr), [&](Index panel) {
@@ -53,6 +57,7 @@ void encode(In<float> w, In<float> scales, In<std::uint8_t> zeros, Index group, 
   require(bits >= 1 && bits <= 8, "[encode] bits must be 1 to 8, got ", bits);
   require(codes.rows() == w.rows() && codes.cols() == w.cols(), "[encode] codes must be ", w.rows(),
           " x ", w.cols(), ", got ", codes.rows(), " x ", codes.cols());
+  require_scales("encode", scales);
   const float top = static_cast<float>((1 << bits) - 1);
   each_group(w.rows(), w.cols(), group, [&](Index r, Index g, Index begin, Index end) {
     const float scale = scales(r, g), zero = static_cast<float>(zeros(r, g));
@@ -60,6 +65,7 @@ void encode(In<float> w, In<float> scales, In<std::uint8_t> zeros, Index group, 
     std::uint8_t* to = codes.data() + r * codes.outerStride();
     for (Index j = begin; j < end; ++j) {
       const float code = std::nearbyint(from[j] / scale) + zero;
+      require(!std::isnan(code), "[encode] W must not be NaN, got NaN at (", r, ", ", j, ")");
       to[j] = static_cast<std::uint8_t>(std::min(std::max(code, 0.0F), top));
     }
   });

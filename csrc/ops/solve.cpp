@@ -94,16 +94,15 @@ void check(In<float> w, In<float> r, InVec<std::int32_t> order, int bits, Out<st
   const Index n = w.rows(), k = w.cols();
   require(r.rows() == k && r.cols() == k, "[gptq] R must be ", k, " x ", k, " to match W (", n,
           " x ", k, "), got ", r.rows(), " x ", r.cols());
-  require(order.size() == k, "[gptq] order must have ", k, " entries, got ", order.size());
+  require_permutation("gptq", k, order);
+  require_finite("gptq", "W", w);
+  require_finite("gptq", "R", r);
   require(bits >= 1 && bits <= 8, "[gptq] bits must be 1 to 8, got ", bits);
   require(codes.rows() == n && codes.cols() == k, "[gptq] codes must be ", n, " x ", k, ", got ",
           codes.rows(), " x ", codes.cols());
   require(loss.size() == n, "[gptq] loss must have ", n, " entries, got ", loss.size());
-  for (Index i = 0; i < k; ++i) {
-    require(order[i] >= 0 && order[i] < k, "[gptq] order must be a permutation of 0 .. ", k - 1,
-            ", got ", order[i]);
+  for (Index i = 0; i < k; ++i)
     require(r(i, i) > 0.0F, "[gptq] R must have a positive diagonal, got ", r(i, i), " at ", i);
-  }
 }
 
 }  // namespace
@@ -113,6 +112,7 @@ void gptq(In<float> w, In<float> r, InVec<std::int32_t> order, In<float> scales,
           OutVec<double> loss) {
   const Index n = w.rows(), k = w.cols(), nr = table().nr_f32;
   require_codes("gptq", n, k, group, scales, zeros);
+  require_scales("gptq", scales);
   check(w, r, order, bits, codes, loss);
   const std::vector<LeftSlices> left = slice(r);
   parallel_for(ceil_div(n, nr * kPanelsPerTask), [&](Index task) {

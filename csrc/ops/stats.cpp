@@ -74,7 +74,9 @@ void column_stats(In<T> x, bool bf16, OutVec<double> absolute, OutVec<float> abs
                   OutVec<float> minimum, OutVec<float> maximum) {
   const Index k = x.cols();
   require(absolute.size() == k && abs_max.size() == k && minimum.size() == k && maximum.size() == k,
-          "[column_stats] outputs must have ", k, " entries");
+          "[column_stats] absolute, abs_max, minimum and maximum must have ", k,
+          " entries to match X (", x.rows(), " x ", k, "), got ", absolute.size(), ", ",
+          abs_max.size(), ", ", minimum.size(), " and ", maximum.size());
   constexpr Index kColumns = 1024;
   parallel_for(ceil_div(k, kColumns), [&](Index task) {
     const Index begin = task * kColumns, width = std::min(kColumns, k - begin);
@@ -95,6 +97,7 @@ void gram_f32(In<float> x, Out<double> h) { gram<float>(x, false, h); }
 void gram_u16(In<std::uint16_t> x, bool bf16, Out<double> h) { gram<std::uint16_t>(x, bf16, h); }
 
 void mirror(Out<double> h) {
+  require(h.rows() == h.cols(), "[mirror] H must be square, got ", h.rows(), " x ", h.cols());
   for (Index i = 0; i < h.rows(); ++i)
     for (Index j = 0; j < i; ++j) h(i, j) = h(j, i);
 }

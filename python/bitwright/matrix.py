@@ -10,6 +10,8 @@ import numpy as np
 from bitwright import ops, registry, schemes
 from bitwright.spec import F32, InputError, QTensor, Report, Scheme, Stats
 
+SYMMETRY = 1e-2  # |H - H^T| relative to the largest diagonal entry: a product in bf16 keeps within
+
 
 def _stats(H: Any, k: int, tokens: int | None) -> Stats:
     hessian = np.ascontiguousarray(ops.as_numpy(H), np.float64)
@@ -17,13 +19,16 @@ def _stats(H: Any, k: int, tokens: int | None) -> Stats:
         raise InputError(f"[quantize_matrix] H must be {k} x {k} to match W, got {hessian.shape}")
     if not np.isfinite(hessian).all():
         raise InputError("[quantize_matrix] wanted a finite H, got NaN or infinity")
+    gap = float(np.abs(hessian - hessian.T).max())
+    if gap > SYMMETRY * float(np.diagonal(hessian).max()):
+        raise InputError(f"[quantize_matrix] wanted a symmetric H, got |H - H^T| up to {gap:.3g}")
     size = np.sqrt(np.maximum(np.diagonal(hessian), 0.0)).astype(np.float32)
     return Stats(k if tokens is None else tokens, hessian, size, size, -size, size)
 
 
 def _weights(W: Any) -> F32:
     array = np.ascontiguousarray(ops.as_numpy(W).astype(np.float32))
-    if array.ndim != 2:
+    if array.ndim != 2 or array.size == 0:
         raise InputError(f"[quantize_matrix] wanted W of shape (out, in), got {array.shape}")
     if not np.isfinite(array).all():
         raise InputError("[quantize_matrix] wanted finite weights, got NaN or infinity")

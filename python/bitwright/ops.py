@@ -34,6 +34,7 @@ BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 SEARCH_FACTORS: F32 = np.array([1.0, *(f / 100 for f in range(105, 29, -3))], np.float32)
 CLIP_FACTORS: F32 = np.linspace(1.0, 0.5, 21, dtype=np.float32)
 DAMPING_ATTEMPTS = 6
+DAMPING_STEP = 1e-3  # the ladder of damping 0 goes on with ten times this
 
 isa = _core.isa
 levels = _core.levels
@@ -97,10 +98,31 @@ def _vector(what: str, x: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[An
     return np.ascontiguousarray(array)
 
 
+def _sum(
+    what: str, x: npt.NDArray[Any], dtype: npt.DTypeLike, shape: tuple[int, ...]
+) -> npt.NDArray[Any]:
+    """`x` itself, an array that an op adds to in place: a converted copy would be lost."""
+    array = np.asarray(x)
+    layout = "" if array.flags.c_contiguous else "strided "
+    layout += "" if array.flags.writeable else "read-only "
+    if array is not x or layout or array.dtype != np.dtype(dtype) or array.shape != shape:
+        raise InputError(
+            f"[{what}] wanted a contiguous, writable array of {np.dtype(dtype)} {shape} to add to, "
+            f"got a {layout}{type(x).__name__} of {array.dtype} {array.shape}"
+        )
+    return array
+
+
+def _bits(what: str, bits: int) -> int:
+    if not 1 <= bits <= 8:
+        raise InputError(f"[{what}] wanted 1 to 8 bits, got {bits}")
+    return bits
+
+
 def pack(codes: U8, bits: int) -> U32:
     """Codes uint8 (r, k) to uint32 words (r, ceil(k bits / 32)), least significant bit first."""
     codes = _matrix("pack", codes, np.uint8)
-    words = np.zeros((codes.shape[0], -(-codes.shape[1] * bits // 32)), np.uint32)
+    words = np.zeros((codes.shape[0], -(-codes.shape[1] * _bits("pack", bits) // 32)), np.uint32)
     _core.pack(codes, bits, words)
     return words
 
@@ -108,6 +130,8 @@ def pack(codes: U8, bits: int) -> U32:
 def unpack(words: U32, bits: int, k: int) -> U8:
     """The inverse of `pack`: words uint32 (r, ceil(k bits / 32)) to codes uint8 (r, k)."""
     words = _matrix("unpack", words, np.uint32)
+    if -(-k * _bits("unpack", bits) // 32) != words.shape[1]:
+        raise InputError(f"[unpack] wanted words for {k} codes of {bits} bits, got {words.shape}")
     codes = np.empty((words.shape[0], k), np.uint8)
     _core.unpack(words, bits, codes)
     return codes
@@ -116,6 +140,8 @@ def unpack(words: U32, bits: int, k: int) -> U8:
 def _settings(scheme: Scheme, k: int, search: bool, power: float = 2.0) -> _core.FitSettings:
     if not scheme.grid.uniform:
         raise InputError(f"[ops] wanted a scheme on an integer grid, got {scheme.name}")
+    if k == 0:
+        raise InputError("[ops] wanted a matrix with at least one column, got none")
     return _core.FitSettings(
         bits=scheme.bits,
         group=scheme.columns(k),
@@ -151,17 +177,13 @@ def fit(
         none = np.empty(0, np.float32)
         _core.fit(ends, none, _settings(scheme, 2, False), none, scale, zero)
         return np.repeat(scale, n, 0), np.repeat(zero, n, 0)
-    weight = np.empty(0, np.float32) if weight is None else _vector("fit", weight, np.float32)
+    settings = _settings(scheme, k, search, power)
+    given = np.empty(0, np.float32) if weight is None else _vector("fit", weight, np.float32)
+    if weight is not None and len(given) != k:
+        raise InputError(f"[fit] wanted a weight of {k} entries, got {len(given)}")
     scales = np.empty((n, scheme.groups(k)), np.float32)
     zeros = np.empty(scales.shape, np.uint8)
-    _core.fit(
-        W,
-        weight,
-        _settings(scheme, k, search, power),
-        _vector("fit", factors, np.float32),
-        scales,
-        zeros,
-    )
+    _core.fit(W, given, settings, _vector("fit", factors, np.float32), scales, zeros)
     return scales, zeros
 
 
@@ -174,14 +196,20 @@ def encode(W: F32, scales: F32, zeros: U8, scheme: Scheme) -> QTensor:
     return QTensor(codes, scales, zeros, scheme)
 
 
+def _parts(what: str, q: QTensor) -> tuple[U8, F32, U8, int]:
+    codes, zeros = _matrix(what, q.codes, np.uint8), _matrix(what, q.zeros, np.uint8)
+    return codes, _matrix(what, q.scales, np.float32), zeros, q.scheme.columns(q.shape[1])
+
+
 def decode(q: QTensor) -> F32:
     """`QTensor.dequantize` by the C++ core: equal bit for bit, several times faster."""
     W = np.empty(q.shape, np.float32)
-    _core.decode(q.codes, q.scales, q.zeros, q.scheme.columns(q.shape[1]), W)
+    _core.decode(*_parts("decode", q), W)
     return W
 
 
 def _words(what: str, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    x = np.asarray(x)
     if x.ndim != 2 or x.dtype not in (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16):
         raise InputError(
             f"[{what}] wanted a 2-D array of float32, float16 or bfloat16, got {x.ndim}-D of "
@@ -195,6 +223,7 @@ def gram(X: npt.NDArray[Any], H: F64) -> None:
     bfloat16.
     """
     X = _words("gram", X)
+    H = _sum("gram", H, np.float64, (X.shape[1], X.shape[1]))
     if X.dtype == np.float32:
         _core.gram_f32(X, H)
     else:
@@ -203,7 +232,7 @@ def gram(X: npt.NDArray[Any], H: F64) -> None:
 
 def mirror(H: F64) -> None:
     """Copies the upper triangle of H into the lower one, in place."""
-    _core.mirror(H)
+    _core.mirror(_sum("mirror", H, np.float64, np.shape(H)[:1] * 2))
 
 
 def column_stats(
@@ -211,6 +240,10 @@ def column_stats(
 ) -> None:
     """Widens per-column sums of |x| and extremes (all (k,), in place) by the rows of X (t, k)."""
     X = _words("column_stats", X)
+    k = X.shape[1:]
+    _sum("column_stats", absolute, np.float64, k)
+    for extreme in (abs_max, minimum, maximum):
+        _sum("column_stats", extreme, np.float32, k)
     if X.dtype == np.float32:
         _core.column_stats_f32(X, absolute, abs_max, minimum, maximum)
     else:
@@ -227,18 +260,26 @@ def factor(
     """R float32 (k, k), upper triangular, with R R^T = H[order][:, order] + damping mean(diag H) I.
 
     The mean is over the columns not marked dead; dead columns get the diagonal 1 and nothing else.
-    Where a pivot is not positive the damping climbs a ladder, ten times each step. Returns R, the
-    relative damping that worked and the steps climbed; NumericalError after the last rung.
+    Where a pivot is not positive the damping climbs a ladder, ten times each step (from 0 to .01).
+    Returns R, the relative damping that worked and the steps climbed; NumericalError after the last
+    rung.
     """
     H = _matrix("factor", H, np.float64)
     k = H.shape[0]
-    order = np.arange(k, dtype=np.int32) if order is None else np.asarray(order, np.int32)
-    dead = np.zeros(k, np.bool_) if dead is None else np.asarray(dead, np.bool_)
+    wish = np.arange(k) if order is None else np.asarray(order)
+    columns = wish.astype(np.int32, copy=False) if wish.dtype.kind in "iu" else wish
+    columns = _vector("factor", columns, np.int32)
+    dead = np.zeros(k, np.bool_) if dead is None else _vector("factor", dead, np.bool_)
+    if H.shape != (k, k) or len(dead) != k or not 0 <= damping < math.inf:
+        raise InputError(
+            f"[factor] wanted H (k, k), dead (k) and damping >= 0, got {H.shape}, {dead.shape} and "
+            f"{damping}"
+        )
     mean = float(np.diagonal(H)[~dead].mean()) if not dead.all() else 1.0
     R = np.empty((k, k), np.float32)
     for rung in range(DAMPING_ATTEMPTS):
-        tried = damping * 10.0**rung
-        if _core.factor(H, order, dead.view(np.uint8), tried * mean, R):
+        tried = damping * 10.0**rung if damping or not rung else DAMPING_STEP * 10.0**rung
+        if _core.factor(H, columns, dead.view(np.uint8), tried * mean, R):
             return R, tried, rung
     raise NumericalError(
         f"[factor] H ({k} x {k}) is not positive definite with relative damping {damping:g} to "
@@ -281,10 +322,10 @@ def awq_scale(W: F32, H: F64, column_scales: F32, scheme: Scheme) -> F64:
 def awq_clip(W: F32, H: F64, scheme: Scheme, factors: F32 = CLIP_FACTORS) -> tuple[F32, U8]:
     """Scales and zeros (n, G) from the range of each group shrunk to the least e_g H_gg e_g^T."""
     W, H = _matrix("awq_clip", W, np.float32), _matrix("awq_clip", H, np.float64)
+    settings = _settings(scheme, W.shape[1], False)
     scales = np.empty((W.shape[0], scheme.groups(W.shape[1])), np.float32)
     zeros = np.empty(scales.shape, np.uint8)
-    factors = _vector("awq_clip", factors, np.float32)
-    _core.awq_clip(W, H, _settings(scheme, W.shape[1], False), factors, scales, zeros)
+    _core.awq_clip(W, H, settings, _vector("awq_clip", factors, np.float32), scales, zeros)
     return scales, zeros
 
 
@@ -292,7 +333,7 @@ def qlinear(X: F32, q: QTensor) -> F32:
     """X (t, k) times the dequantized matrix transposed: float32 (t, n), exact mode."""
     X = _matrix("qlinear", X, np.float32)
     Y = np.empty((X.shape[0], q.shape[0]), np.float32)
-    _core.qlinear(X, q.codes, q.scales, q.zeros, q.scheme.columns(q.shape[1]), Y)
+    _core.qlinear(X, *_parts("qlinear", q), Y)
     return Y
 
 
@@ -311,11 +352,17 @@ def as_numpy(x: Any) -> npt.NDArray[Any]:
     return np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x)
 
 
-def relative_error(W: F32, q: QTensor, H: F64 | None = None) -> float:
-    """tr(E H E^T) / tr(W H W^T) with E = W - Q; H = I where there is none. 0 for a zero matrix."""
+def energy(x: F32) -> float:
+    """Sum of squares of x (n, k), in float64: a float32 sum of millions loses four digits."""
+    return float(np.einsum("ij,ij->", x, x, dtype=np.float64))
+
+
+def relative_error(W: F32, q: QTensor, H: F64 | None = None, size: float | None = None) -> float:
+    """tr(E H E^T) / tr(W H W^T) with E = W - Q; H = I where there is none. 0 for a zero matrix.
+
+    size: tr(W H W^T), where it is known."""
     E = W - decode(q)
-    if H is None:
-        size, error = float(np.vdot(W, W)), float(np.vdot(E, E))
-    else:
-        size, error = quadratic(W, H), quadratic(E, H)
+    error = energy(E) if H is None else quadratic(E, H)
+    if size is None:
+        size = energy(W) if H is None else quadratic(W, H)
     return error / size if size > 0 else 0.0

@@ -10,7 +10,8 @@ from bitwright import registry
 from bitwright.spec import Grid, RefusedError, Scheme
 
 _NAME = re.compile(
-    r"(?P<grid>[a-z]+\d+)-(?:(?P<where>channel|tensor)|g(?P<group>[1-9]\d*))(?P<asym>-asym)?"
+    r"(?P<grid>[a-z]+\d+)-(?:(?P<where>channel|tensor)|g(?P<group>[1-9]\d*))(?P<asym>-asym)?",
+    re.ASCII,
 )
 
 

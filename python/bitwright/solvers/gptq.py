@@ -88,7 +88,8 @@ def prepare(
 
 def _scales(W: F32, H: F64, scheme: Scheme, scales: str) -> tuple[F32, U8]:
     if scales == "hessian":
-        return ops.fit(W, scheme, np.diagonal(H).astype(np.float32), search=True)
+        weight = np.maximum(np.diagonal(H), 0.0).astype(np.float32)
+        return ops.fit(W, scheme, weight, search=True)
     if scales == "mse":
         return ops.fit(W, scheme, search=True, power=2.4)
     if scales == "minmax":
@@ -96,11 +97,10 @@ def _scales(W: F32, H: F64, scheme: Scheme, scales: str) -> tuple[F32, U8]:
     raise InputError(f"[gptq] scales must be hessian, mse or minmax, got {scales!r}")
 
 
-def _error(W: F32, q: QTensor, H: F64, loss: float, damping: float) -> float:
+def _error(W: F32, q: QTensor, size: float, loss: float, damping: float) -> float:
     """Relative output error from the sweep's own loss, less what the damping added to it."""
-    size = ops.quadratic(W, H)
     E = W - ops.decode(q)
-    added = damping * float(np.vdot(E, E))
+    added = damping * ops.energy(E)
     return max(loss - added, 0.0) / size if size > 0 else 0.0
 
 
@@ -118,19 +118,20 @@ def solve(
     H = _hessian(stats)
     p = prepared or prepare(stats, scheme, damping=damping, order=order)
     grid = _scales(W, H, scheme, scales)
+    size = ops.quadratic(W, H)
     plain = ops.encode(W, *ops.fit(W, scheme), scheme)
     tokens = 0 if stats is None else stats.tokens
     if p.R is None:
         q = ops.encode(W, *grid, scheme)
-        error = ops.relative_error(W, q, H)
+        error = ops.relative_error(W, q, H, size)
     else:
         q, loss = ops.gptq(W, p.R, p.order, *grid, scheme)
         live = np.diagonal(H)[~p.dead]
         mean = float(live.mean()) if live.size else 1.0
         error = (
-            ops.relative_error(W, q, H)
+            ops.relative_error(W, q, H, size)
             if p.dead.any()
-            else _error(W, q, H, float(loss.sum()), p.damping * mean)
+            else _error(W, q, size, float(loss.sum()), p.damping * mean)
         )
     notes = (
         (f"{tokens} tokens for {len(H)} columns: H is under-determined",) if tokens < len(H) else ()
@@ -141,7 +142,7 @@ def solve(
         scheme=scheme.name,
         method="gptq" if p.R is not None else "rtn",
         bits_per_weight=scheme.bits_per_weight(*q.shape),
-        error_rtn=ops.relative_error(W, plain, H),
+        error_rtn=ops.relative_error(W, plain, H, size),
         error=error,
         tokens=tokens,
         damping=p.damping,

@@ -41,14 +41,15 @@ def solve(
     H = None if stats is None else stats.H
     plain = ops.encode(W, *ops.fit(W, scheme), scheme)
     q = plain if scales == "minmax" else ops.encode(W, *_scales(W, H, scheme, scales), scheme)
+    error_rtn = ops.relative_error(W, plain, H)
     report = Report(
         name="",
         shape=q.shape,
         scheme=scheme.name,
         method="rtn",
         bits_per_weight=scheme.bits_per_weight(*q.shape),
-        error_rtn=ops.relative_error(W, plain, H),
-        error=ops.relative_error(W, q, H),
+        error_rtn=error_rtn,
+        error=error_rtn if q is plain else ops.relative_error(W, q, H),
         tokens=0 if stats is None else stats.tokens,
     )
     return q, report

@@ -2,6 +2,7 @@
 
 The stored gain is rounded, so the scales that the weights get are recomputed from it,
 s = gain / gain': the float function changes by nothing but the rounding of a LayerNorm's bias.
+Where the dtype cannot hold the new gain or bias, the channel keeps the scale 1.
 """
 
 from __future__ import annotations
@@ -22,11 +23,16 @@ def fold(
     1."""
     offset = 1.0 if kind == "rms1" else 0.0
     old = gain.astype(np.float64) + offset
-    stored = (old / s - offset).astype(gain.dtype)
+    with np.errstate(over="ignore"):
+        stored = (old / s - offset).astype(gain.dtype)
     new = stored.astype(np.float64) + offset
-    usable = (old != 0.0) & (new != 0.0)
-    stored = np.where(usable, stored, gain)
+    usable = (old != 0.0) & (new != 0.0) & np.isfinite(new)
     exact = np.where(usable, old / np.where(usable, new, 1.0), 1.0)
+    if bias is not None:
+        with np.errstate(over="ignore"):
+            usable &= np.isfinite((bias / exact).astype(bias.dtype).astype(np.float64))
+        exact = np.where(usable, exact, 1.0)
+    stored = np.where(usable, stored, gain)
     new_bias = None if bias is None else (bias.astype(np.float64) / exact).astype(bias.dtype)
     return stored, new_bias, exact.astype(np.float32)
 
