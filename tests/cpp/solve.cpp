@@ -1,0 +1,152 @@
+// gptq, quadratic, the AWQ ops and qlinear over the same sizes.
+#include <cmath>
+
+#include "check.h"
+
+namespace bitwright_tests {
+
+namespace {
+
+constexpr double kUnit = 0x1p-24;
+
+struct Grid {
+  RowMajor<float> scales;
+  RowMajor<std::uint8_t> zeros;
+};
+
+Grid grid_of(const RowMajor<float>& w, const FitSettings& settings) {
+  const Index groups = ceil_div(w.cols(), settings.group);
+  Grid grid{RowMajor<float>(w.rows(), groups), RowMajor<std::uint8_t>(w.rows(), groups)};
+  fit(w, kNone, settings, kNone, grid.scales, grid.zeros);
+  return grid;
+}
+
+RowMajor<double> error_of(const RowMajor<float>& w, const RowMajor<std::uint8_t>& codes,
+                          const Grid& grid, Index group) {
+  RowMajor<float> q(w.rows(), w.cols());
+  decode(codes, grid.scales, grid.zeros, group, q);
+  return w.cast<double>() - q.cast<double>();
+}
+
+void gptq_of(const Size& size, int bits) {
+  const FitSettings settings{bits, size.group, false};
+  const RowMajor<float> w = normal(size.n, size.k, unsigned(size.k), 0.05F);
+  const Grid grid = grid_of(w, settings);
+  const Vector<std::int32_t> order = reversed(size.k);
+  RowMajor<double> h = hessian(size.k, 3);
+  RowMajor<float> r(size.k, size.k);
+  CHECK(factor(h, order, Vector<std::uint8_t>::Zero(size.k), 0.01, r));
+  Vector<double> loss(size.n);
+  const RowMajor<std::uint8_t> codes = for_every_thread_count([&] {
+    RowMajor<std::uint8_t> out(size.n, size.k);
+    gptq(w, r, order, grid.scales, grid.zeros, size.group, bits, out, loss);
+    return out;
+  });
+  const RowMajor<double> e = error_of(w, codes, grid, size.group);
+  h.diagonal().array() += 0.01;
+  const Vector<double> exact = (e * h).cwiseProduct(e).rowwise().sum();
+  const Vector<double> scale = (e.cwiseAbs() * h.diagonal().cwiseSqrt()).cwiseAbs2();
+  const Vector<double> weights = w.cast<double>().cwiseAbs2() * h.diagonal();
+  // tests/test_recursion.py's limit, with sum_p R_pp^2 w_p^2 <= sum_p h_pp w_p^2 and the like
+  const Vector<double> limit = kUnit * ((2.0 * static_cast<double>(size.k) + 70.0) * scale.array() +
+                                        2.0 * (scale.array() * weights.array()).sqrt());
+  CHECK(((loss - exact).array().abs() <= limit.array()).all());
+  RowMajor<std::uint8_t> plain(size.n, size.k), with_identity(size.n, size.k);
+  encode(w, grid.scales, grid.zeros, size.group, bits, plain);
+  gptq(w, RowMajor<float>::Identity(size.k, size.k), order, grid.scales, grid.zeros, size.group,
+       bits, with_identity, loss);
+  CHECK(plain == with_identity);
+}
+
+void refusals() {
+  const RowMajor<float> w = normal(3, 8, 1);
+  Grid grid = grid_of(w, {4, 4});
+  RowMajor<float> r = RowMajor<float>::Identity(8, 8), small = RowMajor<float>::Identity(7, 7);
+  RowMajor<std::uint8_t> codes(3, 8);
+  Vector<double> loss(3);
+  Vector<std::int32_t> order = reversed(8);
+  const auto refuse = [&](const RowMajor<float>& factor) {
+    return refusal([&] { gptq(w, factor, order, grid.scales, grid.zeros, 4, 4, codes, loss); });
+  };
+  CHECK(refuse(r).empty());
+  CHECK(contains(refuse(small), "R must be 8 x 8 to match W (3 x 8), got 7 x 7"));
+  r(5, 5) = -1.0F;
+  CHECK(contains(refuse(r), "R must have a positive diagonal, got -1 at 5"));
+  r(5, 5) = std::nanf("");
+  CHECK(contains(refuse(r), "R must be finite"));
+  r(5, 5) = 1.0F;
+  grid.scales(2, 1) = 0.0F;
+  CHECK(contains(refuse(r), "scales must not be 0, got 0 at (2, 1)"));
+  grid.scales(2, 1) = 1.0F;
+  order[3] = 8;
+  CHECK(contains(refuse(r), "permutation of 0 .. 7, got 8 at 3"));
+}
+
+void awq_of(const Size& size) {
+  const FitSettings settings{3, size.group, false};
+  const RowMajor<float> w = normal(size.n, size.k, 5);
+  const RowMajor<double> h = hessian(size.k, 6);
+  const Grid grid = grid_of(w, settings);
+  RowMajor<std::uint8_t> codes(size.n, size.k);
+  encode(w, grid.scales, grid.zeros, size.group, 3, codes);
+  const RowMajor<double> e = error_of(w, codes, grid, size.group);
+  const double exact = (e * h).cwiseProduct(e).sum();
+  const double limit = (static_cast<double>(size.k) + 4.0) * kUnit *
+                       (e.cwiseAbs() * h.cwiseAbs()).cwiseProduct(e.cwiseAbs()).sum();
+  CHECK(std::abs(quadratic(e.cast<float>(), h) - exact) <= limit);
+  const RowMajor<float> ones = RowMajor<float>::Ones(3, size.k);
+  const Vector<double> losses = for_every_thread_count([&] {
+    Vector<double> out(3);
+    awq_scale(w, h, ones, settings, out);
+    return out;
+  });
+  CHECK(losses[0] == losses[2] && std::abs(losses[0] - exact) <= limit);
+  Vector<float> factors = Vector<float>::Constant(1, 1.0F);
+  Grid clipped = grid;
+  clipped.scales.setZero();
+  awq_clip(w, h, settings, factors, clipped.scales, clipped.zeros);
+  CHECK(clipped.scales == grid.scales && clipped.zeros == grid.zeros);
+}
+
+void linear_of(const Size& size, Index t) {
+  const RowMajor<std::uint8_t> codes = random_codes(size.n, size.k, 4, 8);
+  const Index groups = ceil_div(size.k, size.group);
+  const RowMajor<float> scales = normal(size.n, groups, 9, 0.01F).cwiseAbs();
+  const RowMajor<std::uint8_t> zeros = random_codes(size.n, groups, 4, 10);
+  const RowMajor<float> x = normal(t, size.k, 11);
+  const RowMajor<float> y = for_every_thread_count([&] {
+    RowMajor<float> out(t, size.n);
+    qlinear(x, codes, scales, zeros, size.group, out);
+    return out;
+  });
+  RowMajor<float> values(size.n, size.k);
+  decode(codes, scales, zeros, size.group, values);
+  const RowMajor<double> exact = x.cast<double>() * values.cast<double>().transpose();
+  const RowMajor<double> bound =
+      x.cast<double>().cwiseAbs() * values.cast<double>().cwiseAbs().transpose();
+  const double chain = 1.01 * static_cast<double>(size.k) * kUnit;
+  CHECK(((y.cast<double>() - exact).array().abs() <= chain * bound.array()).all());
+}
+
+}  // namespace
+
+void solve() {
+  for (const Size& size : kSizes)
+    for (const int bits : {1, 2, 4, 8}) gptq_of(size, bits);
+  refusals();
+}
+
+void awq() {
+  for (const Size& size : kSizes) awq_of(size);
+  Grid grid = grid_of(normal(2, 8, 1), {4, 8});
+  const std::string text = refusal(
+      [&] { awq_clip(normal(2, 8, 1), hessian(8, 1), {4, 8}, kNone, grid.scales, grid.zeros); });
+  CHECK(contains(text, "factors must have at least 1 entry"));
+}
+
+void linear() {
+  for (const Size& size : kSizes)
+    for (const Index t : {0, 1, 3, 8, 17}) linear_of(size, t);
+}
+
+}  // namespace bitwright_tests

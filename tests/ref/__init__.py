@@ -1,0 +1,41 @@
+"""Plain NumPy twins of the C++ ops, one file each, formula on top.
+
+NumPy and ml_dtypes only, so that a twin never leans on the code it judges. Where the order of
+operations is part of an op's contract (one multiply-add chain along k, ascending) its twin has the
+same chain, and results are equal bit for bit. `fused` is False for instruction sets without FMA.
+"""
+
+import ml_dtypes
+import numpy as np
+
+
+def fma(a, b, c, fused=True):
+    """a b + c in float32, rounded once; not fused: rounded after each operation.
+
+    Products of float32 are exact in float64. The sum there is rounded to odd, so that the second
+    rounding, to float32, gives what one rounding of the exact sum would (Boldo, Melquiond 2008).
+    """
+    if not fused:
+        return a * b + c
+    product, c = np.float64(a) * b, np.float64(c)
+    total = product + c
+    back = total - product
+    lost = (product - (total - back)) + (c - back)
+    even = total.view(np.int64) & 1 == 0
+    odd = np.nextafter(total, np.copysign(np.inf, lost))
+    return np.where(even & (lost != 0), odd, total).astype(np.float32)
+
+
+def per_column(values, k, group):
+    """The scale or zero point of each column: (n, G) to (n, k)."""
+    return np.asarray(values, np.float32)[:, np.arange(k) // group]
+
+
+def to_grid(s, scale_grid):
+    """Scales as stored: bf16 or fp16 values that are normal in fp16, or fp32."""
+    dtype, smallest, largest = {
+        "bf16": (ml_dtypes.bfloat16, 2.0**-14, 65280.0),
+        "fp16": (np.float16, 2.0**-14, 65504.0),
+        "fp32": (np.float32, 2.0**-126, 2.0**126),
+    }[scale_grid]
+    return np.clip(s, smallest, largest).astype(dtype).astype(np.float32)

@@ -1,0 +1,234 @@
+"""Same bits: every op gives the same bytes for every thread count and for the levels avx2, avx512.
+
+A level is chosen once per process, so each runs in its own: digests are compared, and the twin
+tests are repeated at the base level, which has no FMA on x86-64. The lists of ops in csrc/ops.h,
+bind.cpp, ops.py and tests/ref agree, so that no op goes untested.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitwright import ops
+from bitwright.spec import QTensor
+from problems import hessian, inputs, random_codes, rng, scheme, threads, weights
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / "csrc"
+SAME = ("avx2", "avx512")
+
+
+def stripped(name: str) -> str:
+    return re.sub(r"_(f32|u16)$", "", name)
+
+
+def declared() -> set[str]:
+    """The functions of ops.h, one word per op: gram_f32 and gram_u16 are the op gram."""
+    text = (CSRC / "ops.h").read_text()
+    return {stripped(name) for name in re.findall(r"^(?:void|bool|double) (\w+)\(", text, re.M)}
+
+
+def bound() -> dict[str, tuple[str, str]]:
+    """Python name -> C++ name and the rest of its `def` in bind.cpp."""
+    text = (CSRC / "bind.cpp").read_text()
+    found = re.findall(r'm\.def\("(\w+)",\s*&(\w+)(.*?)\);', text, re.S)
+    return {name: (target, rest) for name, target, rest in found if name != "levels"}
+
+
+def called() -> dict[str, set[str]]:
+    """Function of ops.py -> functions of _core in its body."""
+    tree = ast.parse(Path(ops.__file__).read_text())
+    found = {}
+    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+        attributes = (node for node in ast.walk(function) if isinstance(node, ast.Attribute))
+        names = {a.attr for a in attributes if getattr(a.value, "id", "") == "_core"}
+        found[function.name] = names & set(bound())
+    return {name: names for name, names in found.items() if names}
+
+
+def twins() -> list[Path]:
+    return sorted(p for p in (TESTS / "ref").glob("*.py") if p.stem != "__init__")
+
+
+def test_lists_of_ops_agree() -> None:
+    assert declared() == {stripped(name) for name in bound()}
+    assert declared() == set(called()) == {path.stem for path in twins()} == set(CASES)
+    assert {name for names in called().values() for name in names} == set(bound())
+    assert all({stripped(n) for n in names} == {op} for op, names in called().items())
+
+
+def test_every_op_is_bound_by_its_name_and_without_the_gil() -> None:
+    for name, (target, rest) in bound().items():
+        assert name == target
+        assert rest.rstrip().endswith("Free()"), f"{name} keeps the GIL"
+
+
+@pytest.mark.parametrize("path", twins(), ids=lambda p: p.stem)
+def test_twins_are_short_and_know_only_numpy(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree)
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert path.stem in functions
+    assert all((f.end_lineno or 0) - f.lineno < 30 for f in functions.values())
+    nodes = list(ast.walk(tree))
+    imported = {
+        alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+    }
+    imported |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} <= {"numpy", "ml_dtypes", "ref"}
+
+
+N, K, T, GROUP = 211, 403, 700, 64
+
+
+@functools.cache
+def problem(bits: int = 4) -> tuple[Any, ...]:
+    """W, H and its factor: several tasks of every op, nothing a multiple of anything."""
+    s, W, H = scheme(bits, GROUP, symmetric=False), weights(N, K), hessian(K)
+    return s, W, H, rng("order").permutation(K).astype(np.int32)
+
+
+def run_pack() -> list[Any]:
+    codes = [rng("pack").integers(0, 2**b, (N, K), dtype=np.uint8) for b in range(1, 9)]
+    return [ops.pack(c, b) for b, c in enumerate(codes, 1)]
+
+
+def run_unpack() -> list[Any]:
+    return [ops.unpack(w, b, K) for b, w in enumerate(run_pack(), 1)]
+
+
+def run_fit() -> list[Any]:
+    s, W, H, _ = problem()
+    weight = H.diagonal().astype(np.float32)
+    searched = [ops.fit(W, s, weight, search=True, power=power) for power in (2.0, 2.4)]
+    return [*ops.fit(W, scheme(3, -1)), *searched[0], *searched[1]]
+
+
+def run_encode() -> list[Any]:
+    s, W, _, _ = problem()
+    return [ops.encode(W, *ops.fit(W, s), s).codes]
+
+
+def run_decode() -> list[Any]:
+    return [ops.decode(QTensor(*random_codes(N, K, problem()[0]), problem()[0]))]
+
+
+def run_gram() -> list[Any]:
+    X, sums = inputs(T, K), np.zeros((2, K, K))
+    ops.gram(X, sums[0])
+    ops.gram(X.astype(np.float16), sums[1])
+    return [np.triu(sums[0]), np.triu(sums[1])]
+
+
+def run_mirror() -> list[Any]:
+    H = np.triu(problem()[2])
+    ops.mirror(H)
+    return [H]
+
+
+def run_column_stats() -> list[Any]:
+    X = inputs(9, 2100).astype(np.float16)
+    sums = [np.zeros(2100), *np.zeros((3, 2100), np.float32)]
+    ops.column_stats(X, *sums)
+    return sums
+
+
+def run_factor() -> list[Any]:
+    _, _, H, order = problem()
+    return [ops.factor(H, 0.01, order, rng("dead").random(K) < 0.05)[0]]
+
+
+def run_gptq() -> list[Any]:
+    s, W, _, order = problem()
+    q, loss = ops.gptq(W, run_factor()[0], order, *ops.fit(W, s, search=True), s)
+    return [q.codes, loss]
+
+
+def run_quadratic() -> list[Any]:
+    return [np.array(ops.quadratic(problem()[1], problem()[2]))]
+
+
+def run_awq_scale() -> list[Any]:
+    s, W, H, _ = problem()
+    return [ops.awq_scale(W, H, rng("awq").uniform(0.5, 2, (3, K)).astype(np.float32), s)]
+
+
+def run_awq_clip() -> list[Any]:
+    s, W, H, _ = problem()
+    return [*ops.awq_clip(W, H, s)]
+
+
+def run_qlinear() -> list[Any]:
+    return [ops.qlinear(inputs(13, K), QTensor(*random_codes(N, K, problem()[0]), problem()[0]))]
+
+
+CASES: dict[str, Callable[[], list[Any]]] = {
+    name.removeprefix("run_"): run for name, run in globals().items() if name.startswith("run_")
+}
+
+
+def digests() -> dict[str, str]:
+    """SHA-256 of the results of every op."""
+    return {
+        op: hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in run())).hexdigest()
+        for op, run in CASES.items()
+    }
+
+
+def at_level(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "BITWRIGHT_ISA": isa}
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@functools.cache
+def digests_at(isa: str) -> dict[str, str]:
+    code = "import json, test_levels as t; print(json.dumps([t.ops.isa(), t.digests()]))"
+    done = at_level(isa, "-c", code)
+    assert done.returncode == 0, done.stderr
+    used, found = json.loads(done.stdout)
+    assert used == isa
+    return dict(found)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_same_bytes_for_every_thread_count(n: int) -> None:
+    with threads(1):
+        want = digests()
+    with threads(n):
+        assert digests() == want
+
+
+def test_same_bytes_for_every_level_with_fma() -> None:
+    missing = [isa for isa in SAME if isa not in ops.levels()]
+    if missing:
+        pytest.skip(f"this machine lacks {', '.join(missing)}: nothing to compare")
+    assert digests_at(SAME[0]) == digests_at(SAME[1])
+
+
+def test_base_level_equals_its_twins() -> None:
+    if ops.isa() == "base":
+        pytest.skip("the tests of this process run at the base level already")
+    tests = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "test_ops.py", "-k", "twin")
+    done = at_level("base", *tests)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_unknown_level_is_refused_with_the_list() -> None:
+    done = at_level("avx3", "-c", "from bitwright import ops; ops.isa()")
+    assert f"must be one of {', '.join(ops.levels())} on this machine, got avx3" in done.stderr

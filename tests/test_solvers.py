@@ -1,0 +1,373 @@
+"""Every solver in solvers.NAMES: the properties that any solver of the layer objective has.
+
+A solver that says NEEDS_H is walked through all of them; the others through those that do not
+speak of H. No NaN, no code beyond the grid and no scale off its grid leaves a solver.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bitwright import ops, registry, schemes
+from bitwright.matrix import quantize_matrix
+from bitwright.spec import InputError, QTensor, Report, Scheme
+from problems import FUSED, UNIT, hessian, inputs, random_codes, rng, stats, threads, weights
+from ref.gptq import gptq
+from ref.quadratic import quadratic
+
+SOLVERS = registry.names("solvers")
+WITH_H = [name for name in SOLVERS if registry.get("solvers", name).NEEDS_H]
+SCHEMES = [
+    "int1-g16",
+    "int2-g16-asym",
+    "int3-g10",
+    "int3-channel-asym",
+    "int4-g64",
+    "int4-g1",
+    "int4-tensor",
+    "int8-g32-asym",
+]
+
+
+def solve(
+    name: str, W: np.ndarray, H: np.ndarray, scheme: str | Scheme, **options: Any
+) -> tuple[QTensor, Report]:
+    s = schemes.parse(scheme) if isinstance(scheme, str) else scheme
+    return registry.get("solvers", name).solve(W, stats(H), s, **options)
+
+
+def same(a: QTensor, b: QTensor) -> bool:
+    return all(
+        np.array_equal(getattr(a, part), getattr(b, part)) for part in ("codes", "scales", "zeros")
+    )
+
+
+def sound(q: QTensor, report: Report) -> None:
+    """What holds for every result, however hard the problem was."""
+    assert q.codes.max() < 2**q.scheme.bits
+    assert q.zeros.max() < 2**q.scheme.bits
+    assert np.all((q.scales >= 2.0**-14) & (q.scales <= 65280))
+    assert np.array_equal(q.scales.view(np.uint32) & 0xFFFF, np.zeros(q.scales.shape))
+    assert np.isfinite(q.dequantize()).all()
+    numbers = [v for v in report.to_dict().values() if isinstance(v, float)]
+    assert all(math.isfinite(v) and v >= 0 for v in numbers)
+    assert report.scheme == q.scheme.name
+    assert report.shape == q.shape
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_solver_is_a_module_of_this_form(name: str) -> None:
+    module = registry.get("solvers", name)
+    assert isinstance(module.NEEDS_H, bool)
+    assert len(module.__doc__) > 200
+    assert callable(module.prepare)
+    assert callable(module.solve)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 3e5])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", WITH_H)
+def test_uncorrelated_inputs_give_plain_rounding(name: str, scheme: str, size: float) -> None:
+    W = weights(51, 100)
+    q, report = solve(name, W, size * np.eye(100), scheme)
+    sound(q, report)
+    assert same(q, ops.encode(W, q.scales, q.zeros, q.scheme))
+
+
+@pytest.mark.parametrize(
+    "scheme", ["int2-g16-asym", "int3-channel-asym", "int4-g64", "int8-g32-asym"]
+)
+@pytest.mark.parametrize("k", [1, 47, 48, 49, 96, 100, 150])
+@pytest.mark.parametrize("name", WITH_H)
+def test_block_size_changes_nothing(name: str, k: int, scheme: str) -> None:
+    """Against the twin, which has no blocks: equal codes. A new solver adds its twin here."""
+    twin = {"gptq": gptq}[name]
+    W, s, H = weights(31, k), schemes.parse(scheme), hessian(k)
+    q, _ = solve(name, W, H, s)
+    p = registry.get("solvers", name).prepare(stats(H), s)
+    codes, _ = twin(W, p.R, p.order, q.scales, q.zeros, s.columns(k), s.bits, FUSED)
+    assert np.array_equal(q.codes, codes)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("scheme", ["int2-g16-asym", "int3-g10", "int4-g64", "int4-channel-asym"])
+@pytest.mark.parametrize("name", WITH_H)
+def test_error_is_below_plain_rounding_and_as_reported(name: str, scheme: str, seed: int) -> None:
+    W, H = weights(40, 120, seed), hessian(120, seed)
+    q, report = solve(name, W, H, scheme)
+    assert report.error < 0.8 * report.error_rtn
+    assert report.method == name
+    s = schemes.parse(scheme)
+    size, d = quadratic(W, H), np.sqrt(H.diagonal() + report.damping * H.diagonal().mean())
+    for found, reported in ((q, report.error), (plain(W, s), report.error_rtn)):
+        E = W - found.dequantize()
+        # two float32 chains along k, as in tests/test_recursion.py, with |H_ij| <= d_i d_j
+        rough = np.sum((np.abs(E) @ d) ** 2) + reported * np.sum((np.abs(W) @ d) ** 2)
+        slack = (2 * (120 + 5) + 50) * UNIT * rough / size
+        assert abs(reported - quadratic(E, H) / size) <= slack
+
+
+def plain(W: np.ndarray, s: Scheme) -> QTensor:
+    return ops.encode(W, *ops.fit(W, s), s)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_permuted_rows_give_the_permuted_result(name: str, scheme: str) -> None:
+    W, H = weights(101, 70), hessian(70)
+    order = rng("rows").permutation(101)
+    a, _ = solve(name, W, H, scheme)
+    b, _ = solve(name, W[order], H, scheme)
+    assert same(QTensor(a.codes[order], a.scales[order], a.zeros[order], a.scheme), b)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_thread_count_changes_nothing(name: str, scheme: str, n: int) -> None:
+    W, H = weights(203, 70), hessian(70)
+    with threads(1):
+        a, one = solve(name, W, H, scheme)
+    with threads(n):
+        b, many = solve(name, W, H, scheme)
+    assert same(a, b)
+    assert one == many
+
+
+def spanning(s: Scheme, n: int, k: int) -> QTensor:
+    """Random codes whose groups reach both ends of the range that plain rounding would choose."""
+    codes, scales, zeros = random_codes(n, k, s)
+    lowest = 1 if s.symmetric and s.bits > 1 else 0  # absmax spends no code below -max
+    codes = np.maximum(codes, lowest)
+    for first in range(0, k, s.columns(k)):
+        codes[:, first], codes[:, min(first + 1, k - 1)] = lowest, 2**s.bits - 1
+    if s.group == -1:
+        scales[:], zeros[:] = scales[0], zeros[0]
+    return QTensor(codes, scales, zeros, s)
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "int4-g1"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_exact_codewords_come_back(name: str, scheme: str) -> None:
+    k = 96 if "g10" not in scheme else 90  # every group has room for both ends
+    q = spanning(schemes.parse(scheme), 37, k)
+    again, report = solve(name, q.dequantize(), hessian(k), q.scheme)
+    assert same(again, q)
+    assert report.error == 0
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", WITH_H)
+def test_dead_columns_are_rounded_not_zeroed(name: str, scheme: str) -> None:
+    W, H = weights(20, 80), hessian(80)
+    dead = np.zeros(80, bool)
+    dead[[0, 17, 18, 79]] = True
+    H[dead] = H[:, dead] = 0
+    q, report = solve(name, W, H, scheme)
+    sound(q, report)
+    assert report.dead == 4
+    assert np.array_equal(
+        q.codes[:, dead], ops.encode(W, q.scales, q.zeros, q.scheme).codes[:, dead]
+    )
+    if q.scheme.bits > 1:
+        assert np.any(q.dequantize()[:, dead] != 0)
+    everywhere, report = solve(name, W, np.zeros((80, 80)), scheme)
+    sound(everywhere, report)
+    assert report.dead == 80
+    assert same(everywhere, ops.encode(W, everywhere.scales, everywhere.zeros, q.scheme))
+
+
+def hard(what: str) -> tuple[np.ndarray, np.ndarray]:
+    """W and H of problems that break careless solvers."""
+    W, H = weights(9, 75), hessian(75)
+    twice, loud = np.arange(75) // 2, np.where(np.arange(75) == 7, 1e4, 1.0)
+    if what.startswith("outlier"):
+        W[4, 40] = np.float32(what.split()[1])
+    constant = np.linspace(-0.3, 0.3, 9, dtype=np.float32)[:, None]
+    cases = {
+        "outlier": (W, H),
+        "one row": (W[:1], H),
+        "one column": (W[:, :1].copy(), H[:1, :1].copy()),
+        "one weight": (W[:1, :1].copy(), H[:1, :1].copy()),
+        "no weight but zero": (0 * W, H),
+        "constant weights": (np.repeat(constant, 75, 1), H),
+        "duplicated columns": (weights(9, 38)[:, twice], hessian(38)[np.ix_(twice, twice)]),
+        "few tokens": (W, hessian(75, t=10)),
+        "one token": (W, hessian(75, t=1)),
+        "tiny weights": (W * np.float32(1e-20), H),
+        "loud channel": (W, H * np.outer(loud, loud)),
+    }
+    return cases["outlier" if what.startswith("outlier") else what]
+
+
+HARD = ["one row", "one column", "one weight", "no weight but zero", "constant weights"]
+HARD += ["duplicated columns", "few tokens", "one token", "tiny weights", "loud channel"]
+HARD += [f"outlier {size}" for size in ("1e4", "-65504", "7e16")]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("what", HARD)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_hard_problems_have_sound_answers(name: str, what: str, scheme: str) -> None:
+    W, H = hard(what)
+    q, report = solve(name, W, H, scheme)
+    sound(q, report)
+    if what in ("one column", "one weight"):
+        assert same(q, ops.encode(W, q.scales, q.zeros, q.scheme))
+    if what == "no weight but zero":
+        assert np.all(q.dequantize() == 0)
+        assert report.error == 0
+    assert not report.fallback
+
+
+@pytest.mark.parametrize("name", WITH_H)
+def test_fewer_tokens_than_columns_is_noted(name: str) -> None:
+    module, s = registry.get("solvers", name), schemes.parse("int4-g16")
+    H, W = hessian(75, t=10), weights(9, 75)
+    _, report = module.solve(W, dataclasses.replace(stats(H), tokens=10), s)
+    assert any("10 tokens for 75 columns" in note for note in report.notes)
+    _, report = module.solve(W, stats(H), s)
+    assert not report.notes
+
+
+def indefinite(k: int, below: float) -> np.ndarray:
+    """H with mean diagonal 1 and smallest eigenvalue -below."""
+    H = hessian(k)
+    H /= np.sqrt(np.outer(H.diagonal(), H.diagonal()))
+    H[:2], H[:, :2] = 0, 0
+    H[:2, :2] = [[1, 1 + below], [1 + below, 1]]
+    return H
+
+
+@pytest.mark.parametrize(("below", "rung"), [(0.05, 1), (0.5, 2), (5.0, 3), (50.0, 4), (500.0, 5)])
+@pytest.mark.parametrize("name", WITH_H)
+def test_damping_climbs_a_ladder_and_is_reported(name: str, below: float, rung: int) -> None:
+    W, H = weights(12, 60), indefinite(60, below)
+    for damping, climbed in ((0.01, rung), (0.0, rung + 1), (2 * below, 0)):
+        if climbed == ops.DAMPING_ATTEMPTS:
+            continue
+        q, report = solve(name, W, H, "int4-g16", damping=damping)
+        used = damping if climbed == 0 else 0.01 * 10**rung
+        assert (report.rung, report.damping) == (climbed, pytest.approx(used))
+        assert (report.method, report.fallback) == (name, "")
+        assert q.codes.max() < 16
+
+
+@pytest.mark.parametrize("name", WITH_H)
+def test_after_the_last_rung_the_fallback_is_named(name: str) -> None:
+    W, H = weights(12, 60), hessian(60)
+    H[3, 5] = H[5, 3] = 1e9 * H.max()
+    q, report = solve(name, W, H, "int4-g16")
+    assert report.method == "rtn"
+    assert report.rung == ops.DAMPING_ATTEMPTS
+    assert "plain rounding" in report.fallback
+    assert "not positive definite" in report.fallback
+    assert same(q, ops.encode(W, q.scales, q.zeros, q.scheme))
+    with pytest.warns(RuntimeWarning, match="plain rounding on hessian scales: .*not positive"):
+        warned = quantize_matrix(W, H, "int4-g16", method=name)
+    assert same(warned, q)
+    _, told = quantize_matrix(W, H, "int4-g16", method=name, report=True)
+    assert told.fallback == report.fallback
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", [(0, 0), (3, 7), (59, 59)])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_nan_in_h_or_w_is_refused(name: str, where: tuple[int, int], bad: float) -> None:
+    W, H = weights(60, 60), hessian(60)
+    broken = H.copy()
+    broken[where] = broken[where[::-1]] = bad
+    with pytest.raises(ValueError, match="H must be finite"):
+        solve(name, W, broken, "int4-g16")
+    with pytest.raises(InputError, match="wanted a finite H"):
+        quantize_matrix(W, broken, method=name)
+    W[where] = bad
+    with pytest.raises(ValueError, match="W must be finite"):
+        solve(name, W, H, "int4-g16")
+    with pytest.raises(InputError, match="wanted finite weights"):
+        quantize_matrix(W, H, method=name)
+
+
+@pytest.mark.parametrize("name", WITH_H)
+def test_a_solver_that_needs_h_says_so(name: str) -> None:
+    with pytest.raises(InputError, match="wanted Stats with H, got none"):
+        registry.get("solvers", name).solve(weights(3, 8), None, schemes.parse("int4-g8"))
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("gptq", "order"), ("gptq", "scales"), ("rtn", "scales")]
+)
+def test_unknown_options_are_refused_with_the_list(name: str, option: str) -> None:
+    with pytest.raises(InputError, match=rf"{option} must be \w+, \w+ or \w+, got 'none'"):
+        solve(name, weights(3, 8), hessian(8), "int4-g8", **{option: "none"})
+
+
+@pytest.mark.parametrize("scales", ["mse", "clip"])
+def test_rtn_with_searched_scales_is_sound_and_better(scales: str) -> None:
+    W, H = weights(40, 120), hessian(120)
+    for scheme in SCHEMES:
+        q, report = solve("rtn", W, H, scheme, scales=scales)
+        sound(q, report)
+        assert same(q, ops.encode(W, q.scales, q.zeros, q.scheme))
+        if scheme in ("int2-g16-asym", "int3-g10", "int4-g64"):
+            assert report.error < report.error_rtn
+
+
+@pytest.mark.parametrize(
+    "options", [{"order": "act"}, {"order": "natural"}, {"scales": "mse"}, {"scales": "minmax"}]
+)
+def test_gptq_options_are_sound_and_better_than_rounding(options: dict[str, str]) -> None:
+    W, H = weights(40, 120), hessian(120)
+    for scheme in SCHEMES:
+        q, report = solve("gptq", W, H, scheme, **options)
+        sound(q, report)
+        if scheme in ("int3-channel-asym", "int4-g64", "int8-g32-asym"):
+            assert report.error < report.error_rtn
+
+
+def test_gptq_column_orders() -> None:
+    """gar: descending inside each group of 3, groups by their largest; ties keep their place."""
+    order = registry.get("solvers", "gptq").column_order
+    diagonal = np.array([1, 5, 3, 9, 2, 2, 9, 4], np.float64)
+    assert order(diagonal, 3, "gar").tolist() == [3, 4, 5, 6, 7, 1, 2, 0]
+    assert order(diagonal, 3, "act").tolist() == [3, 6, 1, 7, 2, 4, 5, 0]
+    assert order(diagonal, 3, "natural").tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(
+    "kind", [np.float32, np.float64, np.float16, torch.float32, torch.bfloat16]
+)
+def test_quantize_matrix_takes_numpy_and_torch(kind: Any) -> None:
+    W, X = weights(24, 40), inputs(200, 40)
+    H = X.T @ X / len(X)
+    if isinstance(kind, torch.dtype):
+        given: Any = torch.from_numpy(W).to(kind).T.contiguous().T
+        W, H = given.float().numpy(), torch.from_numpy(H)
+    else:
+        given = np.asfortranarray(W.astype(kind))
+        W = given.astype(np.float32)
+    q, report = quantize_matrix(given, H, "int4-g16", report=True, tokens=200)
+    want, _ = solve("gptq", np.ascontiguousarray(W), np.asarray(H, np.float64), "int4-g16")
+    assert same(q, want)
+    assert (report.method, report.tokens) == ("gptq", 200)
+    assert same(quantize_matrix(given), plain(np.ascontiguousarray(W), schemes.parse("int4-g64")))
+
+
+def test_quantize_matrix_refuses_what_it_cannot_use() -> None:
+    W, H = weights(8, 12), hessian(12)
+    for wrong in (W[0], W[None], W[:, :0], W[:0]):
+        with pytest.raises(InputError, match=r"wanted W of shape \(out, in\).* got"):
+            quantize_matrix(wrong)
+    for lopsided in (H[:11], H[:11, :11], H[None]):
+        with pytest.raises(InputError, match=r"H must be 12 x 12 to match W, got"):
+            quantize_matrix(W, lopsided)
+    with pytest.raises(InputError, match="wanted a symmetric H, got"):
+        quantize_matrix(W, np.triu(H))
+    with pytest.raises(ValueError, match="no solver named 'magic'; known: rtn, gptq"):
+        quantize_matrix(W, H, method="magic")
