@@ -18,11 +18,22 @@ using Free = py::call_guard<py::gil_scoped_release>;
 
 py::arg as_is(const char* name) { return py::arg(name).noconvert(); }
 
+// Refused input is bitwright.InputError, a ValueError, as where Python refuses it.
+void translate(std::exception_ptr error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const std::invalid_argument& refused) {
+    py::set_error(py::module_::import("bitwright.spec").attr("InputError"), refused.what());
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
   m.doc() =
       "The C++ ops of bitwright; csrc/ops.h is their reference, bitwright.ops their only user.";
+
+  py::register_local_exception_translator(&translate);
 
   py::class_<FitSettings>(m, "FitSettings")
       .def(py::init<int, Index, bool, int, std::string, double, bool>(), arg("bits"), arg("group"),

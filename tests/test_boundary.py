@@ -107,7 +107,7 @@ def test_every_op_has_a_case() -> None:
 
 def refused(op: str, **changed: Any) -> str:
     """The sentence with which the op refuses; it says what was wanted and what came."""
-    with pytest.raises(ValueError, match=r"wanted|must") as caught:
+    with pytest.raises(InputError, match=r"wanted|must") as caught:
         CASES[op](**changed)
     sentence = str(caught.value)
     assert re.search(r"\bgot\b", sentence), sentence
@@ -299,7 +299,7 @@ def test_an_exception_in_a_parallel_region_arrives(n: int) -> None:
     codes[[3, 500, 999], 7] = 16
     with threads(n):
         for _ in range(20):
-            with pytest.raises(ValueError, match=r"code 16 at \(\d+, 7\) does not fit in 4 bits"):
+            with pytest.raises(InputError, match=r"code 16 at \(\d+, 7\) does not fit in 4 bits"):
                 ops.pack(codes, 4)
         codes[:] = 15
         assert np.all(ops.pack(codes, 4) == 0xFFFFFFFF)
