@@ -35,7 +35,7 @@ ARROWS = {
     "export": {"spec", "ops", "files", "progress"},
     "job": RESULT | {"calib"},
     "fingerprint": {"ops", "job"},
-    "solving": {"spec", "registry", "solvers", "transforms", "job", "spool"},
+    "solving": {"spec", "registry", "recipe", "solvers", "transforms", "job", "spool"},
     "plan": {"spec", "ops", "calib", "job"},
     "evaluate": {"spec", "registry", "files", "formats", "calib", "progress"},
     "inspection": {"registry", "files", "formats", "report", "papers"},

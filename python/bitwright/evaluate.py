@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoTokenizer
 
 from bitwright import registry
-from bitwright.calib.data import validation_text
+from bitwright.calib.data import load_tokenizer, tokenise, validation_text
 from bitwright.calib.skeleton import Skeleton
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.files.hub import resolve
@@ -64,17 +63,14 @@ class Evaluation:
 
 def windows_of(text: str, folder: Path, windows: int, length: int) -> npt.NDArray[np.int64]:
     """Token ids (windows, length) of the start of `text`; InputError if it is too short."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True
-    )
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     want = windows * length
+    ids = tokenise(text, load_tokenizer(folder), want)
     if len(ids) < want:
         raise InputError(
             f"[evaluate] wanted {windows} windows of {length} = {want} tokens, the text has "
             f"{len(ids)}"
         )
-    return np.asarray(ids[:want], np.int64).reshape(windows, length)
+    return ids.reshape(windows, length)
 
 
 class _Model:
@@ -99,6 +95,10 @@ class _Model:
             progress.advance()
         self.seconds += time.perf_counter() - begin
         return batches
+
+    def vocabulary(self) -> int:
+        slot = self.skeleton.slots[f"{self.skeleton.embeddings}.weight"]
+        return int(slot.meta.shape[0])
 
     def bits_per_weight(self) -> float:
         """Stored bits of the quantized modules over their weights; 0 for a float checkpoint."""
@@ -178,6 +178,12 @@ def compare(
         ids = windows_of(content, original.checkpoint.path, windows, length)
     else:
         ids, what = np.asarray(ids, np.int64), "given token ids"
+    sizes = [model.vocabulary() for model in (original, other)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"[evaluate] wanted models with one vocabulary, got {sizes[0]} tokens in {base} and "
+            f"{sizes[1]} in {quant}"
+        )
     scores = _score(original, other, ids, progress)
     return Evaluation(
         base=str(base),

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from bitwright.job import Job, open_job
 from bitwright.progress import Progress, silent
 from bitwright.report import RunReport
 from bitwright.solving import BlockSolver
-from bitwright.spec import Group, InputError, QTensor, Recipe, Target
+from bitwright.spec import Group, InputError, QTensor, Recipe, Stats, Target
 from bitwright.spool import Finished, Spool, asarrays
 
 
@@ -80,7 +81,7 @@ class _Run:
         """Block by block on the calibration tokens (N, length), from where the spool stands."""
         skeleton = self.job.skeleton
         first, hidden = self._inputs(ids)
-        capture = Capture(skeleton, self.job.arch, self._collector)
+        capture = Capture(skeleton, self.job.arch, partial(_Collector, self))
         groups = [group for group in self.job.arch.groups if not group.inside_attention]
         self.progress.start(
             (skeleton.count - first) * len(groups) * len(hidden), "capture and solve"
@@ -100,20 +101,6 @@ class _Run:
         skeleton.empty()
         self.spool.save_hidden(0, asarrays(hidden))
         return 0, hidden
-
-    def _collector(self, k: int) -> Any:
-        collector = StatsCollector(k)
-        update = collector.update
-
-        def timed(x: Any) -> StatsCollector:
-            begin = time.perf_counter()
-            update(x)
-            self.clock.add("statistics", time.perf_counter() - begin)
-            self.progress.advance()
-            return collector
-
-        collector.update = timed  # type: ignore[method-assign]
-        return collector
 
     def _block(
         self, capture: Capture, block: int, hidden: list[torch.Tensor]
@@ -151,6 +138,23 @@ class _Run:
         return found
 
 
+class _Collector:
+    """A StatsCollector whose updates are timed and shown. It holds H of k x k doubles, so nothing
+    may refer back to it: a cycle would keep the sums of past groups until the garbage collector
+    runs.
+    """
+
+    def __init__(self, run: _Run, k: int) -> None:
+        self.run, self.sums = run, StatsCollector(k)
+
+    def update(self, x: Any) -> None:
+        self.run.clock.timed("statistics", self.sums.update)(x)
+        self.run.progress.advance()
+
+    def finish(self) -> Stats:
+        return self.sums.finish()
+
+
 def _require_finite(batches: list[torch.Tensor], where: str) -> None:
     if not all(bool(torch.isfinite(batch).all()) for batch in batches):
         raise InputError(f"[capture] wanted finite activations, got NaN or infinity behind {where}")
@@ -165,7 +169,7 @@ def _report(job: Job, run: _Run, tokens: Tokens | None, begin: float) -> RunRepo
         tokens=0 if tokens is None else tokens.total,
         linears=tuple(linears),
         skipped=tuple(t.name for t in job.targets.values() if t.scheme is None),
-        notes=(*run.notes, *job.format.notes(tuple(job.targets.values()))),
+        notes=(*run.notes, *job.notes()),
         unused_overrides=job.unused,
         versions={name: version(name) for name in ("bitwright", "torch", "transformers", "numpy")},
         isa=ops.isa(),

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from bitwright import ops
-from bitwright.calib.memory import parked_bytes
+from bitwright.calib.memory import parked_bytes, trim
 from bitwright.job import TOKENS_PER_BATCH, Job, open_job
 from bitwright.spec import Recipe, Target
 
@@ -203,6 +203,7 @@ def make_for(job: Job, memory: int | None = None) -> Plan:
     free).
     """
     sizes = _Sizes(job)
+    trim()
     base = resident_bytes()
     budget = int(SHARE * (free_bytes() + base)) if memory is None else memory
     stages = _stages(sizes, rerun=False)
@@ -214,7 +215,7 @@ def make_for(job: Job, memory: int | None = None) -> Plan:
     quantized = sum(row.bytes for row in rows if row.scheme != "float")
     weights = sum(t.shape[0] * t.shape[1] for t in job.targets.values() if t.scheme is not None)
     output = int(job.checkpoint.total_bytes - 2 * weights + quantized)
-    notes = list(job.format.notes(tuple(job.targets.values())))
+    notes = list(job.notes())
     if rerun:
         notes.append("the parked activations do not fit: each block runs again for every group")
     if peak > budget:

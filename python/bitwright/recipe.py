@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from fnmatch import fnmatchcase
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,31 @@ def check(recipe: Recipe) -> None:
             f"[recipe] wanted at least 1 sample of 2 tokens, got {recipe.samples} of "
             f"{recipe.length}"
         )
+    _require_options(recipe)
     for override in recipe.overrides:
         _matcher(override.pattern)
         if override.skip == (override.scheme is not None):
             raise InputError(
                 f"[recipe] wanted either a scheme or skip for the override {override.pattern!r}"
             )
+
+
+def _require_options(recipe: Recipe) -> None:
+    """The options must be keywords of the solver that the method ends in."""
+    solver = registry.get("solvers", solver_of(recipe.method))
+    keywords = signature(solver.solve).parameters.values()
+    known = [p.name for p in keywords if p.kind is p.KEYWORD_ONLY and p.name != "prepared"]
+    strange = [str(key) for key in recipe.options if key not in known]
+    if strange:
+        raise InputError(
+            f"[recipe] wanted options of {recipe.method} ({', '.join(known)}), got "
+            f"{', '.join(strange)}"
+        )
+
+
+def solver_of(method: str) -> str:
+    """The solver that a method ends in: AWQ alone is followed by rounding."""
+    return "rtn" if method in ("rtn", "awq") else "gptq"
 
 
 def _matcher(pattern: str) -> re.Pattern[str] | None:

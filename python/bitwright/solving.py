@@ -13,6 +13,7 @@ from typing import Any
 
 from bitwright import registry
 from bitwright.job import Job
+from bitwright.recipe import solver_of
 from bitwright.solvers import rtn
 from bitwright.spec import F32, Group, InputError, QTensor, Report, Scheme, Stats, Target
 from bitwright.spool import Finished, Spool
@@ -101,12 +102,10 @@ class BlockSolver:
         if scheme is None:
             raise InputError(f"[solve] wanted a scheme for {target.name}, got none")
         options = dict(self.job.recipe.options)
-        if method in ("rtn", "awq"):
+        if solver_of(method) == "rtn":
             plain = stats is None or not set(CLIP_SKIPS).isdisjoint(target.linear.roles)
             options.setdefault("scales", "minmax" if plain else "clip")
-            solver = registry.get("solvers", "rtn")
-        else:
-            solver = registry.get("solvers", "gptq")
+        solver = registry.get("solvers", solver_of(method))
         inner = self._inner(group, stats, scales)
         scaled = W if scales is None else W * scales
         prepared = self._prepare(solver, inner, scheme, options)

@@ -1,10 +1,13 @@
 """Calibration text as token windows (N, length).
 
-A text (file, or the shipped one) is tokenised whole, without special tokens, and cut into N windows
-that start at i (T - length) // (N - 1), i = 0 .. N - 1, for T tokens: evenly spaced, overlapping
-only where the text is short. Lists of strings, JSONL lines and data set rows are joined by a blank
-line and treated the same; chats go through the tokenizer's template first. Token ids are taken as
-they are.
+A text (file, or the shipped one) is tokenised without special tokens and cut into N windows that
+start at i (T - length) // (N - 1), i = 0 .. N - 1, for T tokens: evenly spaced, overlapping only
+where the text is short. Lists of strings, JSONL lines and data set rows are joined by a blank line
+and treated the same; chats go through the tokenizer's template first. Token ids are taken as they
+are.
+
+Tokenizers take some 150 bytes for each character, so they get a text in pieces, cut before a space:
+there the common pre-tokenizers cut too, and the tokens are those of the whole text.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from bitwright.spec import InputError, Recipe
 
 SHIPPED = "the shipped text, old English prose (public domain)"
 ROWS_PER_SAMPLE = 64  # rows of a data set read at most, per wanted window
+PIECE = 1 << 16  # characters tokenised at a time: about 10 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +78,7 @@ def collect(source: Any, tokenizer: Any, recipe: Recipe, vocabulary: int) -> Tok
         ids, what = _given(source, recipe), "given token ids"
     else:
         text, what = _text(source, tokenizer, recipe)
-        ids = windows(_tokenise(text, tokenizer), recipe.samples, recipe.length, what)
+        ids = windows(tokenise(text, tokenizer), recipe.samples, recipe.length, what)
     _check(ids, tokenizer, vocabulary)
     n, length = ids.shape
     return Tokens(ids, f"{n} x {length} = {n * length} tokens of {what}")
@@ -99,9 +103,30 @@ def windows(
     return np.stack([tokens[s : s + length] for s in starts])
 
 
-def _tokenise(text: str, tokenizer: Any) -> npt.NDArray[np.int64]:
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return np.asarray(ids, np.int64)
+def tokenise(text: str, tokenizer: Any, most: int | None = None) -> npt.NDArray[np.int64]:
+    """The tokens of a text, without special tokens; only the first `most` where that is given."""
+    found, total = [np.empty(0, np.int64)], 0
+    for piece in _pieces(text):
+        ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        found.append(np.asarray(ids, np.int64))
+        total += len(ids)
+        if most is not None and total >= most:
+            break
+    return np.concatenate(found)[:most]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces of at most PIECE characters; each but the first begins with a space, or
+    with the end of a line, or in the middle of a word that long.
+    """
+    at = 0
+    while at < len(text):
+        end = at + PIECE
+        if end < len(text):
+            cuts = (text.rfind(space, at + 1, end) for space in " \n")
+            end = next((cut for cut in cuts if cut > at), end)
+        yield text[at:end]
+        at = end
 
 
 def are_ids(source: Any) -> bool:

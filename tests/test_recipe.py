@@ -1,0 +1,81 @@
+"""Recipes from every form; unknown keys, names and options refused before anything runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+import bitwright
+from bitwright import recipe
+from bitwright.demo import embedded_model
+from bitwright.spec import InputError, Override, Recipe, RefusedError
+
+WISH = {
+    "scheme": "int3-g32-asym",
+    "method": "rtn",
+    "overrides": [
+        {"pattern": "*.down_proj", "scheme": "int8-channel"},
+        {"pattern": r"re:.*layers\.0\..*", "skip": True},
+        {"pattern": "*.nowhere", "skip": True},
+    ],
+}
+NAMES = ("layers.0.mlp.up_proj", "layers.0.mlp.down_proj", "layers.1.mlp.up_proj")
+
+
+def test_every_form_means_the_same(tmp_path):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(WISH))
+    (tmp_path / "r.json").write_text(json.dumps(WISH))
+    want = recipe.from_dict(WISH)
+    assert want.overrides[0] == Override("*.down_proj", "int8-channel")
+    for form in (WISH, want, tmp_path / "r.yaml", str(tmp_path / "r.json")):
+        assert recipe.merge(form, {}) == want
+    assert recipe.merge(None, {"scheme": "int2-g64"}) == Recipe(scheme="int2-g64")
+    assert recipe.merge(want, {"scheme": "int8-tensor", "seed": None}).scheme == "int8-tensor"
+
+
+def test_the_first_match_wins_and_unused_patterns_are_told():
+    schemes, unused = recipe.resolve(recipe.from_dict(WISH), NAMES)
+    assert [None if s is None else s.name for s in schemes.values()] == [
+        None,
+        "int8-channel",
+        "int3-g32-asym",
+    ]
+    assert unused == ("*.nowhere",)
+
+
+@pytest.mark.parametrize(
+    ("wish", "kind", "said"),
+    [
+        ({"shceme": "int4-g64"}, InputError, r"wanted keys of Recipe \(scheme, .*got shceme"),
+        ({"overrides": [{"patern": "x"}]}, InputError, r"keys of Override .*got patern"),
+        ({"overrides": {"pattern": "x"}}, InputError, r"wanted a list of overrides, got dict"),
+        ({"overrides": [{"pattern": "x"}]}, InputError, r"either a scheme or skip"),
+        ({"overrides": [{"pattern": "re:(", "skip": True}]}, InputError, r"'re:\(' is not valid"),
+        ({"samples": "many"}, InputError, r"samples: .*got 'many'"),
+        ({"samples": 0}, InputError, r"at least 1 sample"),
+        ({"scheme": "int4"}, RefusedError, r"wanted <grid>-g<group>"),
+        ({"method": "magic"}, RefusedError, r"a method of rtn, gptq, awq, awq\+gptq, got 'magic'"),
+        ({"format": "gguf"}, RefusedError, r"a format of compressed-tensors, gptq, got 'gguf'"),
+        ({"options": {"dampnig": 0.1}}, InputError, r"damping, order, scales.*got dampnig"),
+        ({"method": "rtn", "options": {"damping": 0.1}}, InputError, r"scales.*got damping"),
+    ],
+)
+def test_wrong_wishes_are_one_sentence(tmp_path, wish, kind, said):
+    with pytest.raises(kind, match=said):
+        bitwright.quantize(embedded_model(), wish, out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "scheme: [\n", ""])
+def test_files_that_are_no_recipe(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"r\.yaml"):
+        recipe.merge(tmp_path / "r.yaml", {})
+
+
+def test_options_reach_the_solver(tmp_path):
+    wish = {"samples": 4, "length": 64, "options": {"damping": 0.5, "order": "natural"}}
+    report = bitwright.quantize(embedded_model(), wish, out=tmp_path / "out")
+    assert {linear.damping for linear in report.linears} == {0.5}
