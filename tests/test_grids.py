@@ -189,3 +189,11 @@ def test_bits_per_weight_of_the_common_schemes() -> None:
     assert schemes.parse("int4-g64-asym").bits_per_weight(128, 128) == 4 + 20 / 64
     assert schemes.parse("int8-channel").bits_per_weight(10, 64) == 8 + 16 / 64
     assert schemes.parse("int8-tensor").bits_per_weight(8, 64) == 8 + 16 / 512
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 0), (0, 4), (2, 2, 2)])
+def test_a_qtensor_is_a_matrix(shape):
+    codes = np.zeros(shape, np.uint8)
+    one = np.ones((2, 1))
+    with pytest.raises(InputError, match=r"wanted codes \(n, k\)"):
+        QTensor(codes, one.astype(np.float32), one.astype(np.uint8), schemes.parse("int4-g64"))

@@ -33,9 +33,7 @@ def embedded_model() -> Path:
 
 
 def run(out: Path, overwrite: bool = False, progress: Progress = silent) -> Iterator[Shown]:
-    """Quantizes the embedded model three ways and compares each with it; the last stays in
-    `out`.
-    """
+    """Quantizes the embedded model three ways, compared with it; the last stays in `out`."""
     base = embedded_model()
     with tempfile.TemporaryDirectory(prefix="bitwright-") as scratch:
         for i, (scheme, method) in enumerate(RUNS):

@@ -54,9 +54,7 @@ class Result:
 
 
 def check_destination(out: Path, overwrite: bool) -> None:
-    """InputError unless `out` is free, empty, or an older result of ours that may be
-    overwritten.
-    """
+    """InputError unless `out` is free, empty, or a result of ours that may be overwritten."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir() or not (out / REPORT).exists():

@@ -1,6 +1,4 @@
-"""What is in a checkpoint, from its headers and config alone: no weight is read, no model is
-built.
-"""
+"""What is in a checkpoint, from headers and config alone: no weight read, no model built."""
 
 from __future__ import annotations
 
@@ -104,9 +102,7 @@ def _condense(entries: list[Entry]) -> tuple[Entry, ...]:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """What lies in the checkpoint folder `path`, quantized by whatever tool; InputError if none
-    does.
-    """
+    """What lies in the folder `path`, quantized by whatever tool; InputError if nothing does."""
     checkpoint = Checkpoint(Path(path))
     config = checkpoint.config.get("quantization_config") or {}
     method = str(config.get("quant_method", "unnamed")) if config else ""

@@ -42,9 +42,7 @@ threads = _core.threads
 
 
 def available_cpus() -> int:
-    """CPUs this process may use: its affinity mask, less where a cgroup (v2) sets a smaller
-    quota.
-    """
+    """CPUs this process may use: its affinity mask, less where a cgroup (v2) allows less."""
     affinity = getattr(os, "sched_getaffinity", None)
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
     try:
@@ -56,9 +54,7 @@ def available_cpus() -> int:
 
 
 def resolve_threads(n: int | None = None) -> int:
-    """The threads that n asks for; None: OMP_NUM_THREADS where it is set, else all available
-    CPUs.
-    """
+    """The threads that n asks for; None: OMP_NUM_THREADS where set, else all available CPUs."""
     if n is None:
         wish = os.environ.get("OMP_NUM_THREADS", "")
         return max(1, int(wish)) if wish.isdigit() else available_cpus()
@@ -78,9 +74,7 @@ set_threads()
 
 
 def _matrix(what: str, x: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """`x` as a contiguous 2-D array of exactly `dtype`; other dtypes are an error, strides are
-    copied.
-    """
+    """`x` as a contiguous 2-D array of exactly `dtype`; other dtypes are refused."""
     array = np.asarray(x)
     if array.ndim != 2 or array.dtype != np.dtype(dtype):
         raise InputError(

@@ -208,9 +208,7 @@ def _row(target: Target) -> Row:
 
 
 def make_for(job: Job, memory: int | None = None) -> Plan:
-    """The plan of an opened job; memory: bytes that the run may take (None: 80 % of what is
-    free).
-    """
+    """The plan of an opened job; memory: bytes it may take (None: 80 % of what is free)."""
     sizes = _Sizes(job)
     trim()
     base = resident_bytes()

@@ -6,9 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """start(total, what) begins a phase of `total` steps, ending the one before; advance(n)
-    counts.
-    """
+    """start(total, what) begins a phase of `total` steps; advance(n) counts them."""
 
     def start(self, total: int, what: str) -> None: ...
     def advance(self, n: int = 1) -> None: ...

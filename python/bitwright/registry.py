@@ -15,9 +15,7 @@ def names(package: str) -> tuple[str, ...]:
 
 
 def get(package: str, name: str) -> ModuleType:
-    """The module `name` of `package`; an unknown name raises ValueError with the list of known
-    ones.
-    """
+    """The module `name` of `package`; ValueError with the list of known ones if it is none."""
     if name not in names(package):
         known = ", ".join(names(package))
         raise ValueError(f"[registry] no {package.rstrip('s')} named {name!r}; known: {known}")

@@ -1,6 +1,4 @@
-"""Scheme names: `int<bits>-g<group>`, `int<bits>-channel`, `int<bits>-tensor`, then `-asym` if
-wanted.
-"""
+"""Scheme names: `int<bits>-` and `g<group>`, `channel` or `tensor`, then `-asym` if wanted."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ def grids() -> dict[str, Grid]:
 
 
 def parse(name: str) -> Scheme:
-    """The scheme of that name, e.g. "int4-g64" or "int3-channel-asym"; RefusedError if there is
-    none.
-    """
+    """The scheme of a name such as "int4-g64" or "int3-channel-asym"; RefusedError if none."""
     match = _NAME.fullmatch(name)
     known = grids()
     if match is None or match["grid"] not in known:

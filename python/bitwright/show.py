@@ -128,9 +128,7 @@ class Printer:
 
 
 def _condensed(rows: Iterable[Row]) -> list[tuple[str, Row, int, int]]:
-    """Rows that differ only in the block number as one: name with the numbers, row, count,
-    bytes.
-    """
+    """Rows that differ only in the block number as one: name, row, how many, bytes."""
     groups: dict[tuple[str, Any, str], list[Row]] = {}
     for row in rows:
         key = (_BLOCK.sub(".{}", row.name, count=1), row.shape, row.scheme)

@@ -43,9 +43,7 @@ class BlockSolver:
         return {target.linear.name: self._load(target).dense() for target in wanted}
 
     def solve(self, group: Group, stats: Stats) -> dict[str, F32]:
-        """Solves what is left of a group and returns the weights (n, k) that its linears now
-        have.
-        """
+        """Solves what is left of a group; the weights (n, k) that its linears now have."""
         wanted = self.job.wanted(self.block, group)
         scales, exponent = self._rescale(group, stats)
         weights = {}
@@ -133,9 +131,7 @@ class BlockSolver:
         return known[2]
 
     def _rescale(self, group: Group, stats: Stats) -> tuple[F32 | None, float | None]:
-        """The exact column scales of the group's norm and their exponent; None where there are
-        none.
-        """
+        """The exact column scales of the group's norm and their exponent, or None twice."""
         if not self.job.recipe.method.startswith("awq") or group.norm is None:
             return None, None
         name = f"{self.job.skeleton.path(self.block)}.{group.norm}"

@@ -28,9 +28,7 @@ ScaleGrid = Literal["bf16", "fp16", "fp32"]
 
 
 class BitwrightError(Exception):
-    """Base of every error that bitwright raises on purpose; its text is one sentence for the
-    user.
-    """
+    """Base of every error raised on purpose; its text is one sentence for the user."""
 
 
 class InputError(BitwrightError, ValueError):
@@ -123,6 +121,10 @@ class QTensor:
     scheme: Scheme
 
     def __post_init__(self) -> None:
+        if self.codes.ndim != 2 or not self.codes.size:
+            raise InputError(
+                f"[QTensor] wanted codes (n, k), got {self.codes.shape} for {self.scheme.name}"
+            )
         n, k = self.codes.shape
         want = (n, self.scheme.groups(k))
         if self.scales.shape != want or self.zeros.shape != want:
@@ -138,9 +140,7 @@ class QTensor:
         return n, k
 
     def dequantize(self) -> F32:
-        """The value of the matrix, float32 (n, k): the definition that every format must
-        reproduce.
-        """
+        """The value, float32 (n, k): the definition that every format must reproduce."""
         k = self.codes.shape[1]
         g = self.scheme.columns(k)
         column_group = np.arange(k) // g

@@ -121,9 +121,7 @@ class Spool:
         safetensors.save(path, dict(arrays), {"exponent": repr(exponent)})
 
     def norm(self, name: str) -> tuple[dict[str, npt.NDArray[Any]], float] | None:
-        """Tensors gain, scales and maybe bias of a rescaled norm, and the exponent; None if
-        plain.
-        """
+        """Gain, scales and maybe bias of a rescaled norm, and the exponent; None if plain."""
         path = self.folder / "norms" / f"{name}.safetensors"
         if not path.exists():
             return None
