@@ -48,6 +48,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Quantize language models after training, on the computer you have.",
+    epilog="Exit codes: 0 done, 1 a bug, 2 wrong usage or unusable input, 3 refused, 4 numerical "
+    "failure or --strict, 5 written files do not read back, 130 interrupted (run again to resume).",
 )
 
 

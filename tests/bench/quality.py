@@ -1,6 +1,6 @@
 """The README's quality table: every method on one checkpoint, in one run.
 
-    python tests/bench/quality.py BASE [--calibration FILE] [--text FILE] [--only int4-g64]
+    python tests/bench/quality.py BASE [--calibration FILE] [--text FILE] [--only int4-g64/gptq,...]
 
 Each row quantizes BASE with 128 x 512 tokens (the shipped calibration text unless told otherwise)
 and compares 12 x 512 tokens of the shipped validation text (or FILE) with BASE. Peak memory is that
@@ -59,7 +59,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     context = multiprocessing.get_context("spawn")
     for scheme, method in RUNS:
-        if a.only and a.only != scheme:
+        if a.only and f"{scheme}/{method}" not in a.only.split(","):
             continue
         with context.Pool(1) as pool:
             scores, seconds, extra = pool.apply(
