@@ -27,6 +27,7 @@ import torch
 from bitwright import export, ops, papers, plan
 from bitwright.calib.capture import Capture
 from bitwright.calib.data import Tokens, are_ids, collect, load_tokenizer
+from bitwright.calib.memory import trim
 from bitwright.calib.skeleton import ForwardDtype, as_tensor
 from bitwright.calib.stats import StatsCollector
 from bitwright.fingerprint import fingerprint
@@ -226,6 +227,7 @@ def quantize(
             run.round_all()
         else:
             run.sweep(tokens.ids)
+            trim()
         report = _report(job, run, tokens, begin)
         if strict:
             report.raise_if_strict()

@@ -3,14 +3,15 @@
 Peak memory is the largest of the run's stages, on top of what Python and the libraries hold
 already:
 
-    embed     embeddings, twice for a moment while their dtype changes, and the hidden states
-    block     weights of one block, hidden states, activations parked at a group (or, where those do
-              not fit, one batch at a time: the block then runs again for each group), working space
-              of one forward call, and for the group being solved, with k columns and n rows,
-                  k^2 (8 H + 4 factor + 4 R + 4 slices of R)  and  13 n k (W, E, codes, Q)
+    embed     embeddings, for a moment beside the same in the file's dtype, and the hidden states
+    block     the weights of one block, what is parked at the group in turn (or, where that does not
+              fit, the hidden states and one batch: the block then runs again for each group), H of
+              that group (8 k^2 bytes for k inputs), and the larger of one batch's working space and
+              of solving: 8 k^2 more (factor and R), 16 with AWQ (H of the scaled inputs too), and
+              for a matrix of n rows 14 n k (W, W - Q, Q and codes), 18 with AWQ (W scaled)
     write     the largest tensor twice, as read and as written; a matrix, its codes, its packed form
 
-each a tenth more for the holes that the heap is left with, and a constant for stacks.
+and a constant for stacks, libraries' scratch space and the heap. `calib.memory` counts activations.
 
 Time is the forward, the Gram sums and the solve by their operation counts (solver.md 2), at rates
 measured for a fraction of a second each.
@@ -18,6 +19,7 @@ measured for a fraction of a second each.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -29,13 +31,12 @@ import numpy as np
 import torch
 
 from bitwright import ops
-from bitwright.calib.memory import parked_bytes, trim
-from bitwright.job import TOKENS_PER_BATCH, Job, open_job
-from bitwright.spec import Recipe, Target
+from bitwright.calib.memory import parked_bytes, trim, working_bytes
+from bitwright.job import Job, open_job
+from bitwright.spec import Group, Recipe, Target
 
 SHARE = 0.8  # of the memory that is free now: what the run may take before it re-runs blocks
-HOLES = 1.1  # measured on a 135M model: peaks are 2 to 9 % above the sum of what is held
-SLACK = 64 << 20  # allocator and thread stacks
+SLACK = 48 << 20  # measured on a 135M model: 20 to 40 MB stay when a block is through
 
 
 @dataclass(frozen=True)
@@ -96,64 +97,109 @@ def free_bytes() -> int:
 
 
 class _Sizes:
-    """Byte counts of a job; `item` is the width of the forward's dtype."""
+    """Byte counts of a job. item: width of the forward's dtype; batch: tokens of a forward call;
+    shapes: the largest (n, k) of each linear over all blocks.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.item = 2 if job.dtype == "bfloat16" else 4
         self.tokens = 0 if job.recipe.method == "rtn" else job.recipe.samples * job.recipe.length
-        skeleton = job.skeleton
-        self.blocks = [self._elements(skeleton.path(i)) for i in range(skeleton.count)]
-        self.outside = self._elements("") - sum(self.blocks)
+        self.batch = min(self.tokens, job.batch * job.recipe.length)
         self.hidden = job.targets[next(iter(job.targets))].shape[1]
-
-    def _elements(self, prefix: str) -> int:
-        slots = self.job.skeleton.slots
-        return sum(slots[name].meta.numel() for name in self.job.skeleton.under(prefix))
+        self.stream = self.tokens * self.hidden * self.item
+        self.shapes: dict[str, tuple[int, int]] = {}
+        for target in job.targets.values():
+            n, k = self.shapes.get(target.linear.name, (0, 0))
+            self.shapes[target.linear.name] = (max(n, target.shape[0]), max(k, target.shape[1]))
 
     def shape(self, linear: str) -> tuple[int, int]:
-        return self.job.targets[f"{self.job.skeleton.path(0)}.{linear}"].shape
+        return self.shapes[linear]
 
-    def stream(self) -> int:
-        return self.tokens * self.hidden * self.item
+    def embed(self) -> int:
+        skeleton, entries = self.job.skeleton, self.job.checkpoint.entries
+        elsewhere = {
+            *skeleton.under(skeleton.block_path),
+            *(skeleton.under(skeleton.head) if skeleton.head else ()),
+        }
+        sources = {skeleton.sources[name] for name in skeleton.slots if name not in elsewhere}
+        held = sum(math.prod(entries[source][0]) for source in sources) * self.item
+        converted = [entries[s][2] for s in sources if str(entries[s][1]) != self.job.dtype]
+        return held + max(converted, default=0) + self.stream
 
-    def parked(self) -> int:
-        return max(parked_bytes(self.job.arch, self.shape, self.tokens, self.item).values())
+    def block(self, rerun: bool) -> int:
+        arch, skeleton = self.job.arch, self.job.skeleton
+        weights = max(
+            sum(skeleton.slots[name].meta.numel() for name in skeleton.under(skeleton.path(i)))
+            for i in range(skeleton.count)
+        )
+        parked = parked_bytes(arch, self.shape, self.batch if rerun else self.tokens, self.item)
+        working = working_bytes(arch, self.shape, self.batch, self.item) + self._scores()
+        most = 0
+        for group in arch.groups:
+            first = group.linears[0].name
+            held = parked[first] + (self.stream if rerun else 0)
+            H = 8 * self.shape(first)[1] ** 2
+            most = max(most, held + H + max(working, self._solving(group)))
+        return weights * self.item + most
 
-    def widest(self) -> int:
-        return max(sum(target.shape) for target in self.job.targets.values())
+    def _scores(self) -> int:
+        """A mask, and where attention is the model's own, its scores: four of them in turn, two as
+        float32.
+        """
+        config = self.job.skeleton.model.config.get_text_config()
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
+        heads = config.num_attention_heads if capped or _eager(config) else 0
+        square = self.batch * self.job.recipe.length
+        return int(square * (1 + self.item) + heads * square * (2 * self.item + 8))
 
-    def forward_space(self) -> int:
-        """A few activations of the widest linear of one forward call, and what it multiplies in."""
-        rows = max(TOKENS_PER_BATCH, self.job.recipe.length)
-        return 3 * rows * self.widest() * self.item
-
-    def solving(self) -> int:
-        """The most that one group takes while it is solved."""
-        targets = self.job.targets.values()
-        return max(20 * k * k + 13 * n * k for n, k in (target.shape for target in targets))
+    def _solving(self, group: Group) -> int:
+        """Beside H: factor, R or scaled H; one matrix in work, the others of the group dense."""
+        sizes = [math.prod(self.shape(linear.name)) for linear in group.linears]
+        k = self.shape(group.linears[0].name)[1]
+        scaled = self.job.recipe.method.startswith("awq") and group.norm is not None
+        one = 18 if scaled else 14
+        return (16 if scaled else 8) * k * k + one * max(sizes) + 4 * (sum(sizes) - max(sizes))
 
     def rounding(self) -> int:
-        return max(16 * n * k for n, k in (target.shape for target in self.job.targets.values()))
+        return max(16 * n * k for n, k in self.shapes.values())
 
-    def writing(self) -> int:
-        return max(
-            2 * max(size for _, _, size in self.job.checkpoint.entries.values()), self.rounding()
-        )
+    def write(self) -> int:
+        largest = max(size for _, _, size in self.job.checkpoint.entries.values())
+        return max(2 * largest, self.rounding())
+
+    def output(self) -> int:
+        """Bytes of the weight files, but for their headers."""
+        entries, job = self.job.checkpoint.entries, self.job
+        total = sum(size for _, _, size in entries.values())
+        for target in job.targets.values():
+            if target.scheme is not None:
+                _, dtype, size = entries[job.skeleton.sources[f"{target.name}.weight"]]
+                parts = job.format.layout(target.name, target.shape, target.scheme, dtype)
+                total += sum(math.prod(s) * d.itemsize for d, s in parts.values()) - size
+        return total
+
+    def disk(self) -> int:
+        """Finished linears (words, float32 scales, byte zeros), and two hidden states while the
+        second is written, or one and the output.
+        """
+        spooled = 0
+        for target in self.job.targets.values():
+            if target.scheme is not None:
+                n, k = target.shape
+                words = -(-k * target.scheme.bits // 32)
+                spooled += 4 * n * words + 5 * n * target.scheme.groups(k)
+        return spooled + self.stream + max(self.stream, self.output())
+
+
+def _eager(config: Any) -> bool:
+    return getattr(config, "_attn_implementation", "") == "eager"
 
 
 def _stages(sizes: _Sizes, rerun: bool) -> dict[str, int]:
-    block = max(sizes.blocks) * sizes.item
-    outside = int(sizes.outside) * sizes.item
     if not sizes.tokens:
-        return {"write": int(HOLES * sizes.writing())}
-    held = 2 * sizes.stream() if rerun else max(sizes.parked(), 2 * sizes.stream())
-    stages = {
-        "embed": 2 * outside + sizes.stream(),
-        "block": block + held + sizes.forward_space() + sizes.solving(),
-        "write": sizes.writing(),
-    }
-    return {name: int(HOLES * count) for name, count in stages.items()}
+        return {"round": sizes.rounding(), "write": sizes.write()}
+    return {"embed": sizes.embed(), "block": sizes.block(rerun), "write": sizes.write()}
 
 
 def _rate(operations: float, work: Callable[[], Any]) -> float:
@@ -185,7 +231,8 @@ def _seconds(job: Job, sizes: _Sizes) -> float:
         if not group.inside_attention
     ]
     per_block = sum(float(c) ** 2 for c in columns) * sizes.tokens
-    solve = sum(3.0 * n * c * c for n, c in (t.shape for t in job.targets.values()))
+    passes = 3.0 + (20.0 if job.recipe.method.startswith("awq") else 0.0)  # over H; AWQ: candidates
+    solve = sum(passes * n * c * c for n, c in (t.shape for t in job.targets.values()))
     attention = 4.0 * job.recipe.length * sizes.hidden * sizes.tokens * job.skeleton.count
     overhead = 1.6  # norms, attention's softmax, activation functions, casts: measured on SmolLM2
     return (
@@ -218,10 +265,6 @@ def make_for(job: Job, memory: int | None = None) -> Plan:
     if rerun:
         stages = _stages(sizes, rerun=True)
     peak = base + max(stages.values()) + SLACK
-    rows = _rows(job)
-    quantized = sum(row.bytes for row in rows if row.scheme != "float")
-    weights = sum(t.shape[0] * t.shape[1] for t in job.targets.values() if t.scheme is not None)
-    output = int(job.checkpoint.total_bytes - 2 * weights + quantized)
     notes = list(job.notes())
     if rerun:
         notes.append("the parked activations do not fit: each block runs again for every group")
@@ -229,13 +272,13 @@ def make_for(job: Job, memory: int | None = None) -> Plan:
         notes.append(f"the plan needs {peak >> 20} MB, {budget >> 20} MB may be taken")
     notes += [f"the override {pattern!r} matches no linear" for pattern in job.unused]
     return Plan(
-        rows,
+        _rows(job),
         sizes.tokens,
         peak,
         base,
         stages,
-        output + quantized + 2 * sizes.stream(),
-        output,
+        sizes.disk(),
+        sizes.output(),
         _seconds(job, sizes) * (2.5 if rerun else 1.0),
         rerun,
         tuple(notes),

@@ -35,7 +35,7 @@ from greenlet import GreenletExit, getcurrent, greenlet  # type: ignore[import-u
 from torch import nn
 
 from bitwright.calib import attention
-from bitwright.calib.memory import trim
+from bitwright.calib.memory import BATCHES_PER_TRIM, trim
 from bitwright.calib.skeleton import Skeleton, as_tensor
 from bitwright.calib.walk import first
 from bitwright.spec import Arch, Group, InputError, RefusedError, Stats
@@ -147,7 +147,7 @@ class _Run:
         self.groups = capture.arch.groups
         self.rerun = rerun
         self.hub = getcurrent()
-        self.stage = 0
+        self.stage, self.advances = 0, 0
         self.now = batches[0] if batches else None
         self.before: tuple[int, torch.Tensor, Stats] | None = None
 
@@ -218,6 +218,9 @@ class _Run:
                 f"[capture] wanted {self.path} to run {self._label(self.stage)} next, "
                 f"got {self._label(at)}"
             )
+        self.advances += 1
+        if self.advances % BATCHES_PER_TRIM == 0:
+            trim()
         return x
 
     def _resume(self, batch: _Batch) -> tuple[torch.Tensor, int]:
