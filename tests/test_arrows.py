@@ -30,7 +30,7 @@ ARROWS = {
     "calib": {"spec", "ops", "files"},
     "report": {"spec"},
     "card": {"report"},
-    "papers": {"registry", "files", "export", "report", "card"},
+    "papers": {"spec", "registry", "files", "export", "report", "card"},
     "spool": {"spec", "schemes", "ops", "files"},
     "export": {"spec", "ops", "files", "progress"},
     "job": RESULT | {"calib"},
@@ -38,13 +38,20 @@ ARROWS = {
     "solving": {"spec", "registry", "recipe", "solvers", "transforms", "job", "spool"},
     "plan": {"spec", "ops", "calib", "job"},
     "evaluate": {"spec", "registry", "files", "formats", "calib", "progress"},
-    "inspection": {"registry", "files", "formats", "report", "papers"},
+    "inspection": {"spec", "registry", "files", "formats", "report", "papers"},
     "conversion": RESULT | {"calib", "job", "report", "export", "papers"},
     "pipeline": RESULT
     | {"calib", "export", "plan", "fingerprint", "job", "papers", "report", "solving", "spool"},
     "module": RESULT | {"calib", "export", "pipeline", "plan", "report"},
 }
-FREE = {"__init__", "__main__", "cli", "show", "demo"}  # the front doors: everything above
+FREE = {
+    "__init__",
+    "__main__",
+    "launch",
+    "cli",
+    "show",
+    "demo",
+}  # the front doors: everything above
 SIBLINGS = {"grids", "solvers", "transforms", "archs"}
 
 

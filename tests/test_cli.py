@@ -146,6 +146,17 @@ def test_demo(run):
         (["eval", TINY, "nowhere"], 2, "wanted a folder or a hub id"),
         (["convert", TINY, "out", "--format", "gptq"], 2, "wanted a quantized checkpoint"),
         (["inspect", "."], 2, "wanted a folder with a config.json"),
+        (["convert", TINY, "out", "--format", "gguf"], 3, "compressed-tensors, gptq"),
+        (["quantize", TINY, "out", "--json", "no/x.json"], 2, "a folder that is there"),
+        (["quantize", TINY, "out", "--chat"], 2, "wanted rows to put into the chat template"),
+        (["quantize", TINY, "out", "--method", "rtn", "--calibration", "no.txt"], 2, "no.txt"),
+        (
+            ["quantize", TINY, "/proc/none/out", "--method", "rtn"],
+            2,
+            "could not use the work folder",
+        ),
+        (["plan", TINY, "--calibration", "no.txt"], 2, "could not read the text file no.txt"),
+        (["eval", TINY, TINY, "--windows", "1", "--length", "600"], 2, "windows of at most 512"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_an_exit_code(run, tmp_path, arguments, code, said):
@@ -174,7 +185,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_resume(tmp_path):
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == cli.INTERRUPTED
-    assert "the same command goes on" in said
+    assert "the same command goes on from what lies in out.work" in said
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.work" / "fingerprint.json").exists()

@@ -51,7 +51,11 @@ def test_the_first_match_wins_and_unused_patterns_are_told():
         ({"shceme": "int4-g64"}, InputError, r"wanted keys of Recipe \(scheme, .*got shceme"),
         ({"overrides": [{"patern": "x"}]}, InputError, r"keys of Override .*got patern"),
         ({"overrides": {"pattern": "x"}}, InputError, r"wanted a list of overrides, got dict"),
-        ({"overrides": [{"pattern": "x"}]}, InputError, r"either a scheme or skip"),
+        (
+            {"overrides": [{"pattern": "x"}]},
+            InputError,
+            r"either a scheme, or bits and group, or skip",
+        ),
         ({"overrides": [{"pattern": "re:(", "skip": True}]}, InputError, r"'re:\(' is not valid"),
         ({"samples": "many"}, InputError, r"samples: .*got 'many'"),
         ({"samples": 0}, InputError, r"at least 1 sample"),
@@ -66,6 +70,25 @@ def test_wrong_wishes_are_one_sentence(tmp_path, wish, kind, said):
     with pytest.raises(kind, match=said):
         bitwright.quantize(embedded_model(), wish, out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_bits_and_group_change_the_recipes_scheme():
+    wish = {
+        "scheme": "int4-g64-asym",
+        "overrides": [
+            {"pattern": "*.0.*up_proj", "bits": 8},
+            {"pattern": "*.down_proj", "group": "channel"},
+            {"pattern": "*", "bits": 3, "group": 32},
+        ],
+    }
+    schemes, _ = recipe.resolve(recipe.from_dict(wish), NAMES)
+    names = [s.name for s in schemes.values()]
+    assert names == ["int8-g64-asym", "int4-channel-asym", "int3-g32-asym"]
+    for bad in ({"bits": 9}, {"group": "row"}, {"group": -3}):
+        with pytest.raises(RefusedError, match=r"wanted <grid>"):
+            recipe.from_dict({"overrides": [{"pattern": "*", **bad}]})
+    with pytest.raises(InputError, match=r"or bits and group, or skip"):
+        recipe.from_dict({"overrides": [{"pattern": "*", "bits": 3, "skip": True}]})
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "scheme: [\n", ""])

@@ -1,5 +1,5 @@
 """`python -m bitwright` is `bitwright`."""
 
-from bitwright.cli import main
+from bitwright.launch import main
 
 main()

@@ -10,8 +10,14 @@ from bitwright.report import RunReport
 
 def _front(report: RunReport, base: Path) -> str:
     tags = ["bitwright", report.recipe.format, report.recipe.scheme]
-    lines = ["---", "library_name: transformers", f"base_model: {base.name}", "tags:"]
+    lines = ["---", "library_name: transformers", f"base_model: {_model(report, base)}", "tags:"]
     return "\n".join([*lines, *(f"- {tag}" for tag in tags), "---"])
+
+
+def _model(report: RunReport, base: Path) -> str:
+    """A hub id as it is, a folder by its name."""
+    named = report.base.count("/") == 1 and not base.exists()
+    return report.base if named else base.name
 
 
 def _recipe(report: RunReport) -> list[str]:

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from bitwright import conversion, demo, evaluate, inspection, module, papers, plan, show
 from bitwright import recipe as recipes
+from bitwright.calib.data import require_file
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.files.hub import resolve
 from bitwright.show import Bars, Printer
@@ -135,7 +136,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             code = next(code for kind, code in EXIT_CODES if isinstance(error, kind))
             raise typer.Exit(code) from error
         except KeyboardInterrupt:
-            typer.echo("bitwright: interrupted; the same command goes on from there", err=True)
+            said = "interrupted"
+            if command.__name__ == "quantize":
+                work = kwargs["work"] or f"{kwargs['out']}.work"
+                said += f"; the same command goes on from what lies in {work}"
+            typer.echo(f"bitwright: {said}", err=True)
             raise typer.Exit(INTERRUPTED) from None
 
     return run
@@ -170,6 +175,7 @@ def quantize(
     quiet: Quiet = False,
 ) -> None:
     """Quantize a checkpoint; the same command again resumes an interrupted run."""
+    printer = Printer(json, quiet)
     wish = _recipe(
         recipe,
         scheme=scheme,
@@ -195,7 +201,6 @@ def quantize(
             overwrite=overwrite,
             progress=bars,
         )
-    printer = Printer(json, quiet)
     checkpoint = Checkpoint(out)
     show.report(printer, report, out, checkpoint.total_bytes)
     printer.json(report.to_dict(measured=True))
@@ -210,12 +215,12 @@ def plan_command(
     scheme: SchemeName = None,
     method: Method = None,
     format: Format = None,
-    calibration: Calibration = None,  # noqa: ARG001  here and below: taken so that the options of
+    calibration: Calibration = None,
     samples: Samples = None,
     length: Length = None,
     recipe: RecipeFile = None,
     threads: Threads = None,
-    strict: Strict = False,  # noqa: ARG001  quantize are those of plan; they change no figure
+    strict: Strict = False,  # noqa: ARG001  here and below: taken so that quantize's options fit
     work: Work = None,  # noqa: ARG001
     seed: Seed = None,
     chat: Chat = None,
@@ -227,6 +232,7 @@ def plan_command(
     quiet: Quiet = False,
 ) -> None:
     """Peak memory, disk, time and each linear's scheme, before anything runs."""
+    printer = Printer(json, quiet)
     wish = _recipe(
         recipe,
         scheme=scheme,
@@ -237,6 +243,8 @@ def plan_command(
         seed=seed,
         chat=chat,
     )
+    if calibration is not None:
+        require_file(calibration)
     made = plan.make(
         resolve(src),
         wish,
@@ -244,7 +252,6 @@ def plan_command(
         dtype=None if dtype is None else dtype.value,
         memory=memory,
     )
-    printer = Printer(json, quiet)
     show.plan(printer, made)
     printer.json(made.to_dict())
 
@@ -266,15 +273,16 @@ def eval_command(
     quiet: Quiet = False,
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement of a quantized model with its original."""
+    printer = Printer(json, quiet)
     folder = resolve(quant)
+    ours = card and papers.read(folder) is not None
     with Bars(quiet) as bars:
         scores = evaluate.compare(
             resolve(base), folder, text=text, windows=windows, length=length, progress=bars
         )
-    printer = Printer(json, quiet)
     show.evaluation(printer, scores)
     printer.json(scores.to_dict())
-    if card and papers.record(folder, scores.to_dict()):
+    if ours and papers.record(folder, scores.to_dict()):
         printer.line(f"noted in {folder / 'README.md'}")
 
 
@@ -282,8 +290,8 @@ def eval_command(
 @guarded
 def inspect(path: Source, json: Json = None, quiet: Quiet = False) -> None:
     """What is in a checkpoint: schemes, sizes, the largest errors its report tells of."""
-    found = inspection.inspect(resolve(path))
     printer = Printer(json, quiet)
+    found = inspection.inspect(resolve(path))
     show.inspection(printer, found)
     printer.json(found.to_dict())
 
@@ -300,6 +308,7 @@ def convert(
     quiet: Quiet = False,
 ) -> None:
     """One result in another format, lossless or refused; nothing is solved again."""
+    printer = Printer(json, quiet)
     with Bars(quiet) as bars:
         report = conversion.convert(
             out,
@@ -309,7 +318,6 @@ def convert(
             overwrite=overwrite,
             progress=bars,
         )
-    printer = Printer(json, quiet)
     for note in report.notes:
         printer.line(f"note: {note}")
     printer.json(report.to_dict())
@@ -324,9 +332,9 @@ def demo_command(
     quiet: Quiet = False,
 ) -> None:
     """Quantize the embedded model and compare: rounding, GPTQ at 3 bits, GPTQ at 4 bits."""
+    printer = Printer(json, quiet)
     with Bars(quiet) as bars:
         rows = list(demo.run(out, overwrite=True, progress=bars))
-    printer = Printer(json, quiet)
     show.demo(printer, rows)
     printer.json([vars(row) | {"evaluation": row.evaluation.to_dict()} for row in rows])
     printer.line()

@@ -82,6 +82,9 @@ def convert(
     """
     source, folder = resolve(path), Path(out)
     export.check_destination(folder, overwrite)
+    if format not in registry.names("formats"):
+        known = ", ".join(registry.names("formats"))
+        raise RefusedError(f"[convert] wanted a format of {known}, got {format!r}")
     fmt = registry.get("formats", format)
     view = dense(Checkpoint(source))
     if not view.modules:

@@ -12,6 +12,7 @@ heads and a few hundred rows of logits.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ import torch
 
 from bitwright import registry
 from bitwright.calib.data import load_tokenizer, tokenise, validation_text
-from bitwright.calib.skeleton import Skeleton
+from bitwright.calib.skeleton import Skeleton, longest_window
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.files.hub import resolve
 from bitwright.formats.dense import dense
@@ -95,6 +96,9 @@ class _Model:
             progress.advance()
         self.seconds += time.perf_counter() - begin
         return batches
+
+    def longest(self) -> int:
+        return longest_window(self.skeleton) or sys.maxsize
 
     def vocabulary(self) -> int:
         slot = self.skeleton.slots[f"{self.skeleton.embeddings}.weight"]
@@ -183,6 +187,12 @@ def compare(
         raise InputError(
             f"[evaluate] wanted models with one vocabulary, got {sizes[0]} tokens in {base} and "
             f"{sizes[1]} in {quant}"
+        )
+    longest = min(model.longest() for model in (original, other))
+    if ids.shape[1] > longest:
+        raise InputError(
+            f"[evaluate] wanted windows of at most {longest} tokens, what the models take, got "
+            f"{ids.shape[1]}"
         )
     scores = _score(original, other, ids, progress)
     return Evaluation(

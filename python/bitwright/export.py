@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright import ops
+from bitwright.files import safetensors
 from bitwright.files.checkpoint import Checkpoint, copy_side_files, write_checkpoint
 from bitwright.progress import Progress
-from bitwright.spec import InputError, QTensor, Target, VerificationError
+from bitwright.spec import DiskError, InputError, QTensor, Target, VerificationError
 
 REPORT = "bitwright-report.json"
 PIECE = 1 << 22  # bytes compared at a time
@@ -55,6 +56,9 @@ class Result:
 
 def check_destination(out: Path, overwrite: bool) -> None:
     """InputError unless `out` is free, empty, or a result of ours that may be overwritten."""
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"[out] wanted a folder to write to, got {out} below the file {above}")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir() or not (out / REPORT).exists():
@@ -111,7 +115,12 @@ class _Writer:
 
     def plain(self, name: str) -> npt.NDArray[Any]:
         override = self.result.overrides.get(name)
-        return self.result.checkpoint.read(self._owner[name]) if override is None else override
+        array = self.result.checkpoint.read(self._owner[name]) if override is None else override
+        if not _finite(array):
+            raise InputError(
+                f"[write] wanted finite weights, got NaN or infinity in {self._owner[name]}"
+            )
+        return array
 
     def plain_names(self) -> list[str]:
         return [name for name, owner in self._owner.items() if not owner.startswith("\0")]
@@ -120,6 +129,14 @@ class _Writer:
 def _bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     flat: npt.NDArray[np.uint8] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return flat
+
+
+def _finite(array: npt.NDArray[Any]) -> bool:
+    """Whether no float of a tensor is NaN or infinite, piece by piece; integers are."""
+    flat = array.reshape(-1)
+    if flat.dtype.kind not in "fV" or flat.dtype.itemsize < 2:
+        return True
+    return all(np.isfinite(flat[i : i + PIECE]).all() for i in range(0, flat.size, PIECE))
 
 
 def _same(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> bool:
@@ -169,7 +186,8 @@ def _fill(folder: Path, writer: _Writer, version: str, shard: int, progress: Pro
 
 
 def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """A JSON file, whole or not at all."""
+    safetensors.write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def export(
@@ -196,7 +214,7 @@ def export(
         finish(building)
     except OSError as error:
         shutil.rmtree(building, ignore_errors=True)
-        raise InputError(f"[write] could not write {out}: {error.strerror or error}") from error
+        raise DiskError(f"[write] could not write {out}: {error.strerror or error}") from error
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise

@@ -12,6 +12,7 @@ from bitwright import papers, registry
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.formats.dense import dense
 from bitwright.report import RunReport
+from bitwright.spec import InputError
 
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 
@@ -43,6 +44,7 @@ class Inspection:
     bytes: int
     bits_per_weight: float
     report: RunReport | None
+    damage: str = ""  # of the report
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,7 +108,7 @@ def inspect(path: str | Path) -> Inspection:
     checkpoint = Checkpoint(Path(path))
     config = checkpoint.config.get("quantization_config") or {}
     method = str(config.get("quant_method", "unnamed")) if config else ""
-    report = papers.read(checkpoint.path)
+    report, damage = _report(checkpoint.path)
     errors = {} if report is None else {one.name: one.error for one in report.linears}
     if method in registry.names("formats"):
         entries, bits = _modules(checkpoint, errors)
@@ -121,4 +123,13 @@ def inspect(path: str | Path) -> Inspection:
         checkpoint.total_bytes,
         bits,
         report,
+        damage,
     )
+
+
+def _report(folder: Path) -> tuple[RunReport | None, str]:
+    """The report of a folder of ours, and what is wrong with it."""
+    try:
+        return papers.read(folder), ""
+    except InputError as error:
+        return None, str(error)

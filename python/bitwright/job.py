@@ -21,7 +21,7 @@ import numpy.typing as npt
 from bitwright import archs, ops, registry
 from bitwright import recipe as recipes
 from bitwright.calib.discover import discover
-from bitwright.calib.skeleton import ForwardDtype, Skeleton, forward_dtype
+from bitwright.calib.skeleton import ForwardDtype, Skeleton, forward_dtype, longest_window
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.spec import F32, Arch, Group, InputError, Linear, Recipe, RefusedError, Target
 
@@ -124,7 +124,7 @@ def open_job(
 ) -> Job:
     """Opens a run on a checkpoint folder; InputError or RefusedError where it cannot be done."""
     checkpoint = Checkpoint(Path(source))
-    if "quantization_config" in checkpoint.config:
+    if checkpoint.config.get("quantization_config"):
         method = checkpoint.config["quantization_config"].get("quant_method", "an unnamed method")
         raise InputError(
             f"[job] wanted a float checkpoint, got {source}, which is already quantized ({method})"
@@ -132,6 +132,7 @@ def open_job(
     dtype = dtype or forward_dtype()
     shapes = {name: entry[0] for name, entry in checkpoint.entries.items()}
     skeleton = Skeleton(checkpoint.path, checkpoint.read, shapes, dtype)
+    _require_known(checkpoint, skeleton)
     arch = arch_of(checkpoint.config, skeleton)
     targets, unused = _targets(checkpoint, skeleton, arch, recipe)
     job = Job(
@@ -152,15 +153,31 @@ def open_job(
             f"[awq] {arch.name} has no known norm in front of its linears that could absorb column "
             "scales; rtn and gptq work"
         )
+    if not any(target.scheme for target in targets.values()):
+        raise RefusedError("[job] wanted at least one linear to quantize, the overrides skip all")
     reason = job.format.refuse(tuple(targets.values()), arch)
     if reason:
         raise RefusedError(reason)
     return job
 
 
+def _require_known(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+    """InputError for a tensor of a block that the config does not count."""
+    model = skeleton.model
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    short = skeleton.block_path.removeprefix(f"{model.base_model_prefix}.")
+    place = re.compile(rf"(?:{re.escape(skeleton.block_path)}|{re.escape(short)})\.(\d+)\.")
+    for name in checkpoint.entries:
+        match = place.match(name)
+        beyond = match is not None and int(match[1]) >= skeleton.count
+        if beyond and not any(re.search(pattern, name) for pattern in ignored):
+            raise InputError(
+                f"[job] wanted {skeleton.count} blocks as the config says, got the tensor {name}"
+            )
+
+
 def _require_windows_fit(job: Job) -> None:
-    config = job.skeleton.model.config.get_text_config()
-    longest = int(getattr(config, "max_position_embeddings", 0) or 0)
+    longest = longest_window(job.skeleton)
     if job.recipe.method != "rtn" and longest and job.recipe.length > longest:
         raise InputError(
             f"[job] wanted windows of at most {longest} tokens, what the model takes, got "

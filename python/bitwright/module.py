@@ -2,8 +2,9 @@
 
 A transformers model is quantized in place through the same road as a checkpoint on disk: saved,
 quantized block by block, and its linears get the dequantized weights. Any other torch module is
-handled where it stands: hooks collect the statistics of every linear while the calibration batches
-run through it once, unquantized, and each linear is then solved on its own.
+handled where it stands: hooks collect the statistics of every linear but lm_head while the
+calibration batches run through it once, unquantized and in eval mode; each linear is then solved on
+its own, and the weights are swapped when all of them are.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from bitwright.files.hub import resolve
 from bitwright.formats.dense import Dense, dense
 from bitwright.progress import Progress, silent
 from bitwright.report import RunReport
-from bitwright.spec import InputError, Recipe, RefusedError, Report, Scheme, Stats
+from bitwright.spec import InputError, QTensor, Recipe, RefusedError, Report, Scheme, Stats
 
 
 def quantize(
@@ -73,7 +74,8 @@ def quantize(
         "progress": progress, "work": None if work is None else Path(work),
     }  # fmt: skip
     if isinstance(model_or_path, str | Path) and out is not None:
-        return pipeline.quantize(resolve(model_or_path), Path(out), wish, **keywords)
+        base = str(model_or_path)
+        return pipeline.quantize(resolve(base), Path(out), wish, base=base, **keywords)
     if isinstance(model_or_path, PreTrainedModel):
         return _transformers(model_or_path, tokenizer, out, wish, keywords)
     if isinstance(model_or_path, nn.Module):
@@ -95,9 +97,10 @@ def _transformers(
         source = Path(scratch) / "model"
         target = Path(scratch) / "out" if out is None else Path(out)
         _save(model, tokenizer, source)
-        report = pipeline.quantize(source, target, recipe, **keywords)
+        base = str(getattr(model, "name_or_path", "") or type(model).__name__)
+        report = pipeline.quantize(source, target, recipe, base=base, **keywords)
         _load_into(model, dense(Checkpoint(target)), report)
-    return replace(report, base=str(getattr(model, "name_or_path", "") or type(model).__name__))
+    return report
 
 
 def _save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
@@ -129,16 +132,21 @@ def _plain(module: nn.Module, recipe: Recipe, calibration: Any, strict: bool) ->
             f"column scales, got {type(module).__name__}; rtn and gptq work"
         )
     begin = time.perf_counter()
-    linears = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+    linears = {
+        name: m
+        for name, m in module.named_modules()
+        if isinstance(m, nn.Linear) and name.rpartition(".")[2] != "lm_head"
+    }
     if not linears:
         raise InputError(f"[quantize] wanted nn.Linear in {type(module).__name__}, found none")
     schemes, unused = recipes.resolve(recipe, tuple(linears))
     wanted = {name: scheme for name, scheme in schemes.items() if scheme is not None}
     stats = {} if recipe.method == "rtn" else _observe(module, linears, wanted, calibration)
-    solved = [
-        _solve(name, linears[name], scheme, stats.get(name), recipe)
+    done = {
+        name: _solve(name, linears[name], scheme, stats.get(name), recipe)
         for name, scheme in wanted.items()
-    ]
+    }
+    solved = [report for _, report in done.values()]
     tokens = max((one.tokens for one in solved), default=0)
     report = RunReport(
         base=type(module).__name__,
@@ -157,6 +165,8 @@ def _plain(module: nn.Module, recipe: Recipe, calibration: Any, strict: bool) ->
     )
     if strict:
         report.raise_if_strict()
+    for name, (q, _) in done.items():
+        linears[name].weight.copy_(as_tensor(ops.decode(q)))
     return report
 
 
@@ -174,13 +184,17 @@ def _observe(
         )
     collectors = {name: StatsCollector(linears[name].in_features) for name in wanted}
 
-    def hook(collector: StatsCollector, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        collector.update(args[0].detach().cpu())
+    def hook(
+        collector: StatsCollector, _module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> None:
+        collector.update((args[0] if args else named["input"]).detach().cpu())
 
     handles = [
-        linears[name].register_forward_pre_hook(partial(hook, collector))
+        linears[name].register_forward_pre_hook(partial(hook, collector), with_kwargs=True)
         for name, collector in collectors.items()
     ]
+    training = [m for m in module.modules() if m.training]
+    module.eval()
     try:
         for batch in calibration:
             if isinstance(batch, Mapping):
@@ -190,6 +204,8 @@ def _observe(
     finally:
         for handle in handles:
             handle.remove()
+        for one in training:
+            one.training = True
     return {name: _finish(name, collector) for name, collector in collectors.items()}
 
 
@@ -202,13 +218,11 @@ def _finish(name: str, collector: StatsCollector) -> Stats:
 
 def _solve(
     name: str, linear: nn.Linear, scheme: Scheme, stats: Stats | None, recipe: Recipe
-) -> Report:
+) -> tuple[QTensor, Report]:
     begin = time.perf_counter()
     W = np.ascontiguousarray(ops.as_numpy(linear.weight.detach().cpu()).astype(np.float32))
     if not np.isfinite(W).all():
         raise InputError(f"[quantize] wanted finite weights, got NaN or infinity in {name}")
     solver = registry.get("solvers", recipe.method)
     q, report = solver.solve(W, stats, scheme, **recipe.options)
-    linear.weight.copy_(as_tensor(ops.decode(q)))
-    done: Report = replace(report, name=name, seconds=round(time.perf_counter() - begin, 4))
-    return done
+    return q, replace(report, name=name, seconds=round(time.perf_counter() - begin, 4))

@@ -7,6 +7,7 @@ from typing import Any
 
 from bitwright import card, registry, report
 from bitwright.export import REPORT, write_json
+from bitwright.files import safetensors
 from bitwright.files.checkpoint import Checkpoint, read_json
 from bitwright.report import RunReport
 
@@ -32,7 +33,7 @@ def write(folder: Path, result: RunReport, out: Path) -> None:
     text = card.render(
         result, bytes_total=checkpoint.total_bytes, load_lines=load_lines(out, checkpoint)
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    safetensors.write_text(folder / "README.md", text)
 
 
 def read(folder: Path) -> RunReport | None:

@@ -26,7 +26,7 @@ import torch
 
 from bitwright import export, ops, papers, plan
 from bitwright.calib.capture import Capture
-from bitwright.calib.data import Tokens, are_ids, collect, load_tokenizer
+from bitwright.calib.data import Tokens, are_ids, collect, load_tokenizer, require_file
 from bitwright.calib.memory import trim
 from bitwright.calib.skeleton import ForwardDtype, as_tensor
 from bitwright.calib.stats import StatsCollector
@@ -35,7 +35,16 @@ from bitwright.job import Job, open_job
 from bitwright.progress import Progress, silent
 from bitwright.report import RunReport
 from bitwright.solving import BlockSolver
-from bitwright.spec import Group, InputError, QTensor, Recipe, Stats, Target
+from bitwright.spec import (
+    DiskError,
+    Group,
+    InputError,
+    QTensor,
+    Recipe,
+    RefusedError,
+    Stats,
+    Target,
+)
 from bitwright.spool import Finished, Spool, asarrays
 
 
@@ -185,11 +194,18 @@ def _sized(recipe: Recipe, calibration: Any) -> Recipe:
     """Given token ids (N, length) are used as they are: they say how many there are."""
     if calibration is None or not are_ids(calibration):
         return recipe
-    shape = np.shape(calibration)
+    try:
+        shape = np.shape(calibration)
+    except ValueError as error:
+        raise InputError(
+            "[calibration] wanted token ids in rows of one length, got ragged rows"
+        ) from error
     return replace(recipe, samples=shape[0], length=shape[1]) if len(shape) == 2 else recipe
 
 
 def _tokens(job: Job, calibration: Any) -> Tokens | None:
+    if isinstance(calibration, str | Path):
+        require_file(Path(calibration))
     if job.recipe.method == "rtn":
         return None
     known = are_ids(calibration) and not any(job.checkpoint.path.glob("tokenizer*"))
@@ -212,14 +228,18 @@ def quantize(
     strict: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
+    base: str = "",
 ) -> RunReport:
-    """One checkpoint folder into another; the arguments are those of `module.quantize`."""
+    """One checkpoint folder into another; the arguments are those of `module.quantize`.
+
+    base: what the result is said to be made from, where it is not `source`."""
     begin = time.perf_counter()
     export.check_destination(out, overwrite)
     recipe = _sized(recipe, calibration)
     job = open_job(source, recipe, dtype=dtype, threads=threads)
     spool = Spool(out.with_name(f"{out.name}.work") if work is None else work)
-    with _threads(job.threads):
+    fresh = work is None and not spool.folder.exists()
+    with _threads(job.threads), _leaving_nothing(spool.folder if fresh else None):
         tokens = _tokens(job, calibration)
         spool.start(fingerprint(job, None if tokens is None else tokens.ids))
         run = _Run(job, spool, progress, plan.make_for(job, memory).rerun)
@@ -228,13 +248,25 @@ def quantize(
         else:
             run.sweep(tokens.ids)
             trim()
-        report = _report(job, run, tokens, begin)
+        report = replace(_report(job, run, tokens, begin), base=base or str(source))
         if strict:
             report.raise_if_strict()
         report = _write(job, run, report, out, max_shard_size, progress, begin)
     if work is None:
         shutil.rmtree(spool.folder)
     return report
+
+
+@contextmanager
+def _leaving_nothing(folder: Path | None) -> Iterator[None]:
+    """Input that cannot be used takes the work folder that it made along: nothing could go on
+    there. A full disk or an interruption leaves it."""
+    try:
+        yield
+    except (InputError, RefusedError) as error:
+        if folder is not None and not isinstance(error, DiskError):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @contextmanager

@@ -4,6 +4,7 @@
     method: gptq
     overrides:
       - {pattern: "*.down_proj", scheme: int8-channel}
+      - {pattern: "*.v_proj", bits: 8, group: 32}
       - {pattern: "re:.*layers\\.0\\..*", skip: true}
 
 Unknown keys are refused. The first override whose pattern matches a linear's full name wins.
@@ -92,8 +93,7 @@ def merge(
 
 def check(recipe: Recipe) -> None:
     """RefusedError for an unknown scheme, method or format, InputError for impossible numbers."""
-    for name in (recipe.scheme, *(o.scheme for o in recipe.overrides if o.scheme is not None)):
-        schemes.parse(name)
+    default = schemes.parse(recipe.scheme)
     if recipe.method not in METHODS:
         raise RefusedError(
             f"[recipe] wanted a method of {', '.join(METHODS)}, got {recipe.method!r}"
@@ -109,10 +109,13 @@ def check(recipe: Recipe) -> None:
     _require_options(recipe)
     for override in recipe.overrides:
         _matcher(override.pattern)
-        if override.skip == (override.scheme is not None):
+        wishes = (override.skip, override.scheme is not None, _changes(override))
+        if sum(wishes) != 1:
             raise InputError(
-                f"[recipe] wanted either a scheme or skip for the override {override.pattern!r}"
+                "[recipe] wanted either a scheme, or bits and group, or skip for the override "
+                f"{override.pattern!r}"
             )
+        _chosen(override, default)
 
 
 def _require_options(recipe: Recipe) -> None:
@@ -131,6 +134,24 @@ def _require_options(recipe: Recipe) -> None:
 def solver_of(method: str) -> str:
     """The solver that a method ends in: AWQ alone is followed by rounding."""
     return "rtn" if method in ("rtn", "awq") else "gptq"
+
+
+def _changes(override: Override) -> bool:
+    return override.bits is not None or override.group is not None
+
+
+def _chosen(override: Override, default: Scheme) -> Scheme | None:
+    """The scheme that an override asks for, None where it skips."""
+    if override.skip:
+        return None
+    if override.scheme is not None:
+        return schemes.parse(override.scheme)
+    grid, where = default.name.removesuffix("-asym").split("-", 1)
+    if override.bits is not None:
+        grid = f"int{override.bits}"
+    if override.group is not None:
+        where = f"g{override.group}" if isinstance(override.group, int) else override.group
+    return schemes.parse(f"{grid}-{where}{'' if default.symmetric else '-asym'}")
 
 
 def _matcher(pattern: str) -> re.Pattern[str] | None:
@@ -160,7 +181,6 @@ def resolve(
         hit = next((o for o in recipe.overrides if matches(o.pattern, name)), None)
         if hit is not None:
             used.add(hit.pattern)
-        chosen = default if hit is None else schemes.parse(hit.scheme) if hit.scheme else None
-        resolved[name] = chosen
+        resolved[name] = default if hit is None else _chosen(hit, default)
     unused = tuple(o.pattern for o in recipe.overrides if o.pattern not in used)
     return resolved, unused

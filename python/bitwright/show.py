@@ -27,6 +27,7 @@ from bitwright.evaluate import Evaluation
 from bitwright.inspection import Inspection
 from bitwright.plan import Plan, Row
 from bitwright.report import RunReport
+from bitwright.spec import InputError
 
 WORST = 3  # linears named in a summary
 PIPED = 160  # columns where there is no terminal
@@ -84,6 +85,9 @@ class Printer:
 
     def __init__(self, json_to: str | None = None, quiet: bool = False) -> None:
         self.json_to, self.quiet = json_to, quiet
+        target = Path(json_to or "-")
+        if json_to not in (None, "-") and (target.is_dir() or not target.parent.is_dir()):
+            raise InputError(f"[json] wanted a file in a folder that is there, got {json_to}")
         console = Console(stderr=json_to == "-")
         self.console = console if console.is_terminal else Console(file=console.file, width=PIPED)
 
@@ -249,6 +253,8 @@ def inspection(to: Printer, found: Inspection) -> None:
             for one in found.entries
         ],
     )
+    if found.damage:
+        to.line(f"note: {found.damage}")
     if found.report is not None:
         done = found.report
         to.line(f"made by bitwright from {done.base}, {done.recipe.method}, {done.calibration}")

@@ -35,6 +35,10 @@ class InputError(BitwrightError, ValueError):
     """The input cannot be used: says what was wanted, what came and where."""
 
 
+class DiskError(InputError):
+    """A file could not be written (disk full, read-only, quota); what is finished stays there."""
+
+
 class RefusedError(BitwrightError, ValueError):
     """A format or method cannot hold or do what was asked, and says what would work."""
 
@@ -271,10 +275,13 @@ class Report:
 @dataclass(frozen=True)
 class Override:
     """For linears whose full name matches `pattern` (a shell pattern, or "re:" and a regular
-    expression that must match the whole name): another scheme, or skip."""
+    expression that must match the whole name): another scheme; or other bits or another group
+    (columns, "channel" or "tensor") in the recipe's scheme; or skip."""
 
     pattern: str
     scheme: str | None = None
+    bits: int | None = None
+    group: int | str | None = None
     skip: bool = False
 
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from bitwright import ops, schemes
 from bitwright.files import safetensors
-from bitwright.spec import F32, InputError, QTensor, Report, Scheme
+from bitwright.spec import F32, DiskError, InputError, QTensor, Report, Scheme
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +49,21 @@ class Spool:
 
     def start(self, fingerprint: Mapping[str, str]) -> None:
         """Makes the folder, or checks that it was made for the same run; InputError if not."""
+        try:
+            self._start(fingerprint)
+        except OSError as error:
+            raise DiskError(
+                f"[work] could not use the work folder {self.folder}: {error.strerror or error}"
+            ) from error
+
+    def _start(self, fingerprint: Mapping[str, str]) -> None:
         path = self.folder / "fingerprint.json"
         if path.exists():
-            self._compare(json.loads(path.read_text()), fingerprint)
+            try:
+                known = json.loads(path.read_text())
+            except ValueError as error:
+                raise InputError(f"[work] {path} is damaged; delete {self.folder}") from error
+            self._compare(known, fingerprint)
         elif self.folder.exists() and any(p.suffix != ".part" for p in self.folder.iterdir()):
             raise InputError(
                 f"[work] wanted an empty work folder or one of ours, got {self.folder} with other "
@@ -68,8 +80,8 @@ class Spool:
             if old.get(key) != new.get(key):
                 raise InputError(
                     f"[work] {self.folder} belongs to a run with {key} = {old.get(key)}, this "
-                    "one has "
-                    f"{key} = {new.get(key)}; use the old value, or another --work folder"
+                    f"one has {key} = {new.get(key)}; use the old value, another --work folder, "
+                    "or delete this one"
                 )
 
     def _linear(self, name: str) -> Path:

@@ -57,6 +57,12 @@ def _shipped(name: str) -> str:
     return lzma.decompress(packed).decode("utf-8")
 
 
+def require_file(path: Path) -> None:
+    """InputError unless `path` is a file."""
+    if not path.is_file():
+        raise InputError(f"[calibration] could not read the text file {path}: no such file")
+
+
 def default_text() -> str:
     """The shipped calibration text."""
     return _shipped("calibration.txt.xz")
@@ -157,6 +163,15 @@ def _given(source: Any, recipe: Recipe) -> npt.NDArray[np.int64]:
 
 
 def _text(source: Any, tokenizer: Any, recipe: Recipe) -> tuple[str, str]:
+    if (
+        recipe.chat
+        and (source is None or Path(str(source)).suffix != ".jsonl")
+        and (source is None or isinstance(source, str | Path))
+    ):
+        raise InputError(
+            "[calibration] wanted rows to put into the chat template (JSONL, a data set, strings), "
+            f"got {'the shipped text' if source is None else f'the text file {source}'}"
+        )
     if source is None:
         return default_text(), SHIPPED
     if isinstance(source, str | Path):

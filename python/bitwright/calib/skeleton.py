@@ -55,6 +55,12 @@ def as_tensor(array: npt.NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
+def longest_window(skeleton: Skeleton) -> int:
+    """Tokens that the model takes at most, 0 where its config does not say."""
+    config = skeleton.model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", 0) or 0)
+
+
 class Skeleton:
     """The model of a checkpoint, empty until filled.
 

@@ -51,6 +51,12 @@ class Checkpoint:
         if not (self.path / "config.json").is_file():
             raise InputError(f"[checkpoint] wanted a folder with a config.json, got {path}")
         self.config = read_json(self.path / "config.json")
+        quantized = self.config.get("quantization_config")
+        if quantized is not None and not isinstance(quantized, dict):
+            raise InputError(
+                f"[checkpoint] wanted an object as quantization_config of {path}/config.json, got "
+                f"{type(quantized).__name__}"
+            )
         self.files = _weight_files(self.path)
         self._home: dict[str, SafetensorsFile] = {}
         for file in (SafetensorsFile(file) for file in self.files):

@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from bitwright.spec import InputError
+from bitwright.spec import DiskError, InputError
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -189,7 +189,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         part.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise InputError(f"[write] could not write {path}: {error.strerror or error}") from error
+        raise DiskError(f"[write] could not write {path}: {error.strerror or error}") from error
     finally:
         part.unlink(missing_ok=True)
 
