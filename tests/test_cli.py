@@ -178,7 +178,10 @@ def test_exit_codes_of_failures(run, monkeypatch, error, code):
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_resume(tmp_path):
     command = [sys.executable, "-m", "bitwright", "quantize", TINY, "out", "--quiet"]
+    # a shell's background jobs ignore SIGINT, and so would their children
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     while not (tmp_path / "out.work" / "linears").exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
