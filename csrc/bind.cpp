@@ -1,5 +1,6 @@
-// The only file that knows Python: one line per op. Inputs are taken as they are (noconvert: ops.py
-// prepares them in plain sight), outputs are the caller's arrays, the GIL is released.
+// The only file that knows Python: one line per op. Inputs are taken as they are (noconvert:
+// bitwright.ops prepares them in plain sight), outputs are the caller's arrays, the GIL is
+// released.
 #include <pybind11/eigen.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -36,8 +37,9 @@ PYBIND11_MODULE(_core, m) {
   py::register_local_exception_translator(&translate);
 
   py::class_<FitSettings>(m, "FitSettings")
-      .def(py::init<int, Index, bool, int, std::string, double, bool>(), arg("bits"), arg("group"),
-           arg("symmetric"), arg("zero_min"), arg("scale_grid"), arg("power"), arg("search"));
+      .def(py::init<int, Index, bool, int, std::string, double, bool, int, bool>(), arg("bits"),
+           arg("group"), arg("symmetric"), arg("zero_min"), arg("scale_grid"), arg("power"),
+           arg("search"), arg("zero_span"), arg("negative"));
 
   m.def("isa", [] { return std::string(table().isa); });
   m.def("levels", &levels);
@@ -54,6 +56,8 @@ PYBIND11_MODULE(_core, m) {
         as_is("w"), Free());
   m.def("gram_f32", &gram_f32, as_is("x"), as_is("h"), Free());
   m.def("gram_u16", &gram_u16, as_is("x"), arg("bf16"), as_is("h"), Free());
+  m.def("cross_f32", &cross_f32, as_is("before"), as_is("x"), as_is("c"), Free());
+  m.def("cross_u16", &cross_u16, as_is("before"), as_is("x"), arg("bf16"), as_is("c"), Free());
   m.def("mirror", &mirror, as_is("h"), Free());
   m.def("column_stats_f32", &column_stats_f32, as_is("x"), as_is("absolute"), as_is("abs_max"),
         as_is("minimum"), as_is("maximum"), Free());
@@ -63,6 +67,13 @@ PYBIND11_MODULE(_core, m) {
         Free());
   m.def("gptq", &gptq, as_is("w"), as_is("r"), as_is("order"), as_is("scales"), as_is("zeros"),
         arg("group"), arg("bits"), as_is("codes"), as_is("loss"), Free());
+  m.def("gptq_search", &gptq_search, as_is("w"), as_is("r"), as_is("order"), arg("settings"),
+        as_is("factors"), as_is("scales"), as_is("zeros"), as_is("codes"), as_is("loss"), Free());
+  m.def("refine", &refine, as_is("w"), as_is("h"), as_is("dead"), arg("damping"), arg("settings"),
+        arg("pattern"), arg("tolerance"), as_is("scales"), as_is("zeros"), as_is("codes"),
+        as_is("loss"), Free());
+  m.def("drift", &drift, as_is("w"), as_is("c"), as_is("r"), as_is("order"), as_is("delta"),
+        Free());
   m.def("quadratic", &quadratic, as_is("e"), as_is("h"), Free());
   m.def("awq_scale", &awq_scale, as_is("w"), as_is("h"), as_is("column_scales"), arg("settings"),
         as_is("losses"), Free());

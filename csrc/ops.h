@@ -20,6 +20,8 @@ struct FitSettings {
   std::string scale_grid = "bf16";  // "bf16" | "fp16" | "fp32"
   double power = 2.0;               // 2 or 2.4
   bool search = false;              // try start * factors, else absmax / min-max as they are
+  int zero_span = 1;                // search, asymmetric: zero points z0 - span .. z0 + span
+  bool negative = false;            // search, symmetric: scales of either sign
 };
 
 // words[r] holds codes[r] as a bitstream, least significant bit first: code i in bits [i b, i b +
@@ -43,6 +45,9 @@ void decode(In<std::uint8_t> codes, In<float> scales, In<std::uint8_t> zeros, In
 void gram_f32(In<float> x, Out<double> h);
 void gram_u16(In<std::uint16_t> x, bool bf16, Out<double> h);
 void mirror(Out<double> h);
+// C += (before - X)^T X, all of it, in the same precision: how the inputs `before` drifted to X.
+void cross_f32(In<float> before, In<float> x, Out<double> c);
+void cross_u16(In<std::uint16_t> before, In<std::uint16_t> x, bool bf16, Out<double> c);
 // Per column of X: absolute += sum |x|; abs_max, minimum, maximum are widened.
 void column_stats_f32(In<float> x, OutVec<double> absolute, OutVec<float> abs_max,
                       OutVec<float> minimum, OutVec<float> maximum);
@@ -50,7 +55,8 @@ void column_stats_u16(In<std::uint16_t> x, bool bf16, OutVec<double> absolute,
                       OutVec<float> abs_max, OutVec<float> minimum, OutVec<float> maximum);
 
 // R upper triangular with R R^T = H[order, order] + damping I, computed in double (solver.md 3.2).
-// Columns marked dead get the diagonal 1 and nothing else. false: a pivot was not positive.
+// Columns marked dead have nothing but the damping (1 without) on the diagonal. false: a pivot was
+// not positive.
 bool factor(In<double> h, InVec<std::int32_t> order, InVec<std::uint8_t> dead, double damping,
             Out<float> r);
 // Inverse-free GPTQ with fixed scales (solver.md 3.3): columns in `order`, R from factor().
@@ -58,6 +64,26 @@ bool factor(In<double> h, InVec<std::int32_t> order, InVec<std::uint8_t> dead, d
 void gptq(In<float> w, In<float> r, InVec<std::int32_t> order, In<float> scales,
           In<std::uint8_t> zeros, Index group, int bits, Out<std::uint8_t> codes,
           OutVec<double> loss);
+
+// The same with scales and zero points chosen inside the sweep (solver.md 6.3): for each group, the
+// candidate of `fit`, from the range of the group's targets u = w + a R_gg^-1, with the least loss
+// after the group's own feedback. Groups must be whole in `order`, which lists each one's columns
+// together.
+void gptq_search(In<float> w, In<float> r, InVec<std::int32_t> order, const FitSettings& settings,
+                 InVec<float> factors, Out<float> scales, Out<std::uint8_t> zeros,
+                 Out<std::uint8_t> codes, OutVec<double> loss);
+// Revises codes and scales in place after the sweep (solver.md 7): minimises e H_d e^T of each row,
+// H_d = H + damping I (dead columns as in factor), by passes in the order of `pattern`: c
+// coordinate descent over codes, l least squares over scales, each step taken only where it gains.
+// A row rests after a c that, like its last l, gained no more than `tolerance` of its loss; loss
+// (n) is what remains.
+void refine(In<float> w, In<double> h, InVec<std::uint8_t> dead, double damping,
+            const FitSettings& settings, const std::string& pattern, double tolerance,
+            Out<float> scales, In<std::uint8_t> zeros, Out<std::uint8_t> codes,
+            OutVec<double> loss);
+// delta (n, k) = W C (R R^T)^-1, columns in natural order (solver.md 9): W + alpha delta is the
+// target that makes up for inputs which drifted, C = (X - X') X'^T / tokens.
+void drift(In<float> w, In<double> c, In<float> r, InVec<std::int32_t> order, Out<float> delta);
 
 // tr(E H E^T), float32 products, double sums over rows.
 double quadratic(In<float> e, In<double> h);

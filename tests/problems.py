@@ -63,6 +63,14 @@ def random_codes(n: int, k: int, s: Scheme, *seed: object) -> tuple[np.ndarray, 
     return codes, scales, zeros
 
 
+def groups_together(k: int, group: int) -> np.ndarray:
+    """An order that keeps the columns of each group together, groups and columns shuffled."""
+    g = rng("groups", k, group)
+    starts = g.permutation(range(0, k, group))
+    parts = [first + g.permutation(min(group, k - first)) for first in starts]
+    return np.concatenate(parts).astype(np.int32)
+
+
 @contextmanager
 def threads(n: int) -> Iterator[None]:
     before = ops.threads()

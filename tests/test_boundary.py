@@ -1,4 +1,4 @@
-"""The door to the core: what each op of ops.py does with arrays that are not what it wants.
+"""The door to the core: what each op of bitwright.ops does with arrays that are not what it wants.
 
 Every array argument of every op is damaged in turn. Strided, transposed and read-only inputs give
 the right answer; a wrong dtype, ndim or shape and a bad value are refused with one sentence that
@@ -83,6 +83,17 @@ CASES: dict[str, Case] = {
     "gptq": Case(
         lambda **arrays: ops.gptq(**arrays, scheme=ASYM), {"W": W, "R": R, "order": ORDER, **GRID}
     ),
+    "gptq_search": Case(
+        lambda **arrays: ops.gptq_search(**arrays, scheme=ASYM),
+        {"W": W, "R": R, "order": ORDER, "factors": ops.FEEDBACK_FACTORS},
+        free=("W", "factors"),
+    ),
+    "refine": Case(
+        lambda W, H, dead, **q: quantized(ops.refine)(W=W, H=H, damping=0.01, dead=dead, **q),
+        {"W": W, "H": H, "dead": ORDER == 3, **Q},
+    ),
+    "drift": Case(ops.drift, {"W": W, "C": H, "R": R, "order": ORDER}, free=("W",)),
+    "cross": Case(ops.cross, {"before": X + 1, "X": X}, {"C": H}),
     "quadratic": Case(ops.quadratic, {"E": W, "H": H}, free=("E",)),
     "awq_scale": Case(
         lambda **arrays: ops.awq_scale(**arrays, scheme=ASYM),
@@ -215,6 +226,15 @@ NANS = [
     ("gptq", "W"),
     ("gptq", "R"),
     ("gptq", "scales"),
+    ("gptq_search", "W"),
+    ("gptq_search", "R"),
+    ("gptq_search", "factors"),
+    ("refine", "W"),
+    ("refine", "H"),
+    ("refine", "scales"),
+    ("drift", "W"),
+    ("drift", "C"),
+    ("drift", "R"),
     ("quadratic", "E"),
     ("quadratic", "H"),
     ("awq_scale", "W"),
@@ -225,6 +245,7 @@ NANS = [
     ("awq_clip", "factors"),
 ]
 PASSED_ON = {("decode", "scales"), ("qlinear", "scales"), ("qlinear", "X"), *WORDS}
+PASSED_ON |= {("cross", "before"), ("cross", "X")}
 
 
 def test_every_float_input_has_an_answer_to_nan() -> None:
@@ -269,15 +290,28 @@ def test_infinite_weights_saturate_in_encode_only(infinite: float) -> None:
 def test_values_that_cannot_be_used() -> None:
     zero = SCALES.copy()
     zero[1, 1] = 0
-    for op in ("encode", "gptq"):
+    for op in ("encode", "gptq", "refine"):
         assert "scales must not be 0, got 0 at (1, 1)" in refused(op, scales=zero)
-    for op, value in (("factor", 3), ("gptq", K)):
+    for op, value in (("factor", 3), ("gptq", K), ("gptq_search", K), ("drift", 3)):
         order = ORDER.copy()
         order[5] = value
         assert f"permutation of 0 .. {K - 1}, got {value}" in refused(op, order=order)
     flat = R.copy()
     flat[4, 4] = 0
-    assert "R must have a positive diagonal, got 0 at 4" in refused("gptq", R=flat)
+    for op in ("gptq", "gptq_search", "drift"):
+        assert "R must have a positive diagonal, got 0 at 4" in refused(op, R=flat)
+    apart = ORDER[[0, 1, 2, 3, 8, 4, 5, 6, 7, 9, 10, 11]]
+    sentence = "keep the columns of each group together, got column 8 at 4 among those of group 0"
+    assert sentence in refused("gptq_search", order=apart)
+    start = QTensor(CODES, SCALES, ZEROS, ASYM)
+    with pytest.raises(InputError, match="H must have a positive diagonal, got 0 at 5"):
+        ops.refine(W, H * (ORDER != 5), start, 0.0)
+    for damping in (-0.1, np.nan, np.inf):
+        with pytest.raises(InputError, match="damping must be finite and at least 0"):
+            ops.refine(W, H, start, damping)
+    with pytest.raises(InputError, match="pattern must consist of c and l, got cx"):
+        ops.refine(W, H, start, 0.01, pattern="cx")
+    assert "got code 200" in refused("refine", codes=CODES + np.uint8(200 - CODES[0, 0]))
     assert "column_scales must be positive" in refused("awq_scale", column_scales=0 * X)
     for bits in (-1, 0, 9):
         for call in (ops.pack, lambda c, b: ops.unpack(ops.pack(c, 4), b, K)):
@@ -289,7 +323,8 @@ def test_values_that_cannot_be_used() -> None:
     for call in (lambda W: ops.fit(W, ASYM), lambda W: ops.awq_clip(W, H[:0, :0], ASYM)):
         with pytest.raises(InputError, match="at least one column, got none"):
             call(W[:, :0])
-    assert "at least 1 entry, got 0" in refused("awq_clip", factors=COLUMN[:0])
+    for op in ("awq_clip", "gptq_search"):
+        assert "at least 1 entry, got 0" in refused(op, factors=COLUMN[:0])
     assert "weight of 12 entries, got 0" in refused("fit", weight=COLUMN[:0])
 
 

@@ -2,7 +2,7 @@
 
 A level is chosen once per process, so each runs in its own: digests are compared, and the twin
 tests are repeated at the base level, which has no FMA on x86-64. The lists of ops in csrc/ops.h,
-bind.cpp, ops.py and tests/ref agree, so that no op goes untested.
+bind.cpp, bitwright.ops and tests/ref agree, so that no op goes untested.
 """
 
 from __future__ import annotations
@@ -24,7 +24,16 @@ import pytest
 
 from bitwright import ops
 from bitwright.spec import QTensor
-from problems import hessian, inputs, random_codes, rng, scheme, threads, weights
+from problems import (
+    groups_together,
+    hessian,
+    inputs,
+    random_codes,
+    rng,
+    scheme,
+    threads,
+    weights,
+)
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
@@ -49,10 +58,11 @@ def bound() -> dict[str, tuple[str, str]]:
 
 
 def called() -> dict[str, set[str]]:
-    """Function of ops.py -> functions of _core in its body."""
-    tree = ast.parse(Path(ops.__file__).read_text())
+    """Function of bitwright.ops -> functions of _core in its body."""
+    trees = [ast.parse(path.read_text()) for path in Path(ops.__file__).parent.glob("*.py")]
     found = {}
-    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+    functions = [node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]
+    for function in functions:
         attributes = (node for node in ast.walk(function) if isinstance(node, ast.Attribute))
         names = {a.attr for a in attributes if getattr(a.value, "id", "") == "_core"}
         found[function.name] = names & set(bound())
@@ -155,6 +165,36 @@ def run_gptq() -> list[Any]:
     s, W, _, order = problem()
     q, loss = ops.gptq(W, run_factor()[0], order, *ops.fit(W, s, search=True), s)
     return [q.codes, loss]
+
+
+def run_gptq_search() -> list[Any]:
+    results = []
+    for s, negative in ((problem()[0], False), (scheme(4, GROUP), True)):
+        _, W, H, _ = problem()
+        order = groups_together(K, GROUP)
+        R, _, _ = ops.factor(H, 0.01, order)
+        q, loss = ops.gptq_search(W, R, order, s, negative=negative)
+        results += [q.codes, q.scales, q.zeros, loss]
+    return results
+
+
+def run_refine() -> list[Any]:
+    s, W, H, _ = problem()
+    start = ops.encode(W, *ops.fit(W, s), s)
+    q, loss = ops.refine(W, H, start, 0.01, rng("dead").random(K) < 0.05)
+    return [q.codes, q.scales, loss]
+
+
+def run_drift() -> list[Any]:
+    _, W, H, order = problem()
+    return [ops.drift(W, hessian(K, "other"), ops.factor(H, 0.01, order)[0], order)]
+
+
+def run_cross() -> list[Any]:
+    sums = np.zeros((2, K, K))
+    ops.cross(inputs(T, K, 1), inputs(T, K), sums[0])
+    ops.cross(inputs(T, K, 1).astype(np.float16), inputs(T, K).astype(np.float16), sums[1])
+    return [sums]
 
 
 def run_quadratic() -> list[Any]:

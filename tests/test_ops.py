@@ -18,20 +18,35 @@ import pytest
 import ref
 from bitwright import ops
 from bitwright.spec import NumericalError, QTensor, Scheme
-from problems import DOUBLE, FUSED, UNIT, hessian, inputs, random_codes, rng, scheme, weights
+from problems import (
+    DOUBLE,
+    FUSED,
+    UNIT,
+    groups_together,
+    hessian,
+    inputs,
+    random_codes,
+    rng,
+    scheme,
+    weights,
+)
 from ref.awq_clip import awq_clip
 from ref.awq_scale import awq_scale, errors
 from ref.column_stats import column_stats
+from ref.cross import cross
 from ref.decode import decode
+from ref.drift import drift
 from ref.encode import encode
 from ref.factor import factor
 from ref.fit import fit
 from ref.gptq import gptq
+from ref.gptq_search import gptq_search
 from ref.gram import gram
 from ref.mirror import mirror
 from ref.pack import pack
 from ref.qlinear import qlinear
 from ref.quadratic import quadratic
+from ref.refine import damped, refine
 from ref.unpack import unpack
 
 # (rows, columns, group): panels hold 12, 24 or 48 rows, blocks 48 columns, words 32 bits.
@@ -223,7 +238,7 @@ def test_twin_factor(k: int) -> None:
 def want_matrix(H: np.ndarray, order: np.ndarray, dead: np.ndarray, damping: float) -> np.ndarray:
     A = H[np.ix_(order, order)] + damping * np.eye(len(H))
     live = ~dead[order]
-    return np.where(np.outer(live, live), A, np.eye(len(H)))
+    return np.where(np.outer(live, live), A, damping * np.eye(len(H)))
 
 
 @pytest.mark.parametrize("k", [2, 60, 200])
@@ -248,6 +263,61 @@ def test_twin_gptq(bits: int, symmetric: bool) -> None:
         codes, want = gptq(W, R, order, *grid, s.columns(k), bits, FUSED)
         assert_equal([q.codes], [codes])
         np.testing.assert_allclose(loss, want, rtol=50 * UNIT)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_twin_gptq_search(bits: int, symmetric: bool) -> None:
+    """Codes, scales and zero points equal: losses are compared as the same float32 sums."""
+    negative, span = symmetric and bits % 2 == 0, 1 + bits % 2
+    for n, k, g in SHAPES:
+        s = scheme(bits, g, symmetric, scale=("bf16", "fp16", "fp32")[bits % 3], zero_min=bits % 2)
+        W, H, group = weights(n, k, bits), hessian(k, bits), s.columns(k)
+        order = groups_together(k, group)
+        R, _, _ = ops.factor(H, 0.01, order)
+        factors = np.array([1.0, 0.6, 0.9, 1.05], np.float32)
+        options = {"factors": factors, "zero_span": span, "negative": negative}
+        q, loss = ops.gptq_search(W, R, order, s, **options)
+        side = (group, bits, symmetric, s.zero_min, s.scale, factors, span, negative)
+        codes, scales, zeros, want = gptq_search(W, R, order, *side, FUSED)
+        assert_equal([q.codes, q.scales, q.zeros], [codes, scales, zeros])
+        np.testing.assert_allclose(loss, want, rtol=50 * UNIT)
+
+
+@pytest.mark.parametrize("pattern", ["c", "l", "ccclclc"])
+@pytest.mark.parametrize("bits", BITS)
+def test_twin_refine(bits: int, pattern: str) -> None:
+    for n, k, g in SHAPES:
+        s = scheme(bits, g, bits % 2 == 0, scale=("bf16", "fp16", "fp32")[bits % 3])
+        W, H, dead = weights(n, k, bits), hessian(k, bits), rng("dead", k).random(k) < 0.1
+        scales, zeros = ops.fit(W, s)
+        scales[::3] *= -1 if s.symmetric else 1
+        start = ops.encode(W, scales, zeros, s)
+        damping = 0.01 * H.diagonal().mean()
+        q, loss = ops.refine(W, H, start, damping, dead, pattern=pattern)
+        side = (s.columns(k), bits, s.scale, pattern, 1e-4, start.codes, scales, zeros)
+        assert_equal([q.codes, q.scales], refine(W, H, dead, damping, *side, FUSED))
+        E, Hd = W - q.dequantize(), damped(H, dead, damping)
+        limit = 2 * (k + 2) * UNIT * np.sum((np.abs(E) @ np.abs(Hd)) * np.abs(E), 1)
+        limit += UNIT * 20 * np.sum((np.abs(W) @ np.abs(Hd)) * np.abs(E), 1)
+        assert np.all(np.abs(loss - np.sum((E.astype(float) @ Hd) * E, 1)) <= limit)
+
+
+def test_twin_drift() -> None:
+    for n, k, _ in SHAPES:
+        W, H, C = weights(n, k), hessian(k), hessian(k, "other") - hessian(k)
+        order = rng("order", k).permutation(k).astype(np.int32)
+        R, _, _ = ops.factor(H, 0.01, order)
+        assert_equal([ops.drift(W, C, R, order)], [drift(W, C, R, order, FUSED)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(("t", "k"), TOKENS)
+def test_twin_cross(t: int, k: int, dtype: Any) -> None:
+    X, before, C = inputs(t, k).astype(dtype), inputs(t, k, 1).astype(dtype), hessian(k)
+    want = cross(before, X, C, FUSED)
+    ops.cross(before, X, C)
+    assert_equal([C], [want])
 
 
 def quadratic_limit(E: np.ndarray, H: np.ndarray) -> float:

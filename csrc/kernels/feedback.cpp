@@ -5,9 +5,13 @@
 
 namespace bitwright::BITWRIGHT_ISA_NAME {
 
-void feedback(const FeedbackBlock& block) {
+namespace {
+
+template <bool kOpen>
+inline void sweep(const FeedbackBlock& block) {
   const VF top = broadcast<VF>(block.max_code), bottom = {};
-  VF loss[kVectors] = {};
+  VF loss[kVectors];
+  for (int v = 0; v < kVectors; ++v) loss[v] = load<VF>(block.loss + v * kF32);
   for (std::int64_t p = 0; p < block.columns; ++p) {
     const float* r = block.r + p * block.ldr;
     const VF pivot = broadcast<VF>(r[p]);
@@ -15,15 +19,18 @@ void feedback(const FeedbackBlock& block) {
     for (int v = 0; v < kVectors; ++v) {
       const std::int64_t at = p * kNrF32 + v * kF32;
       const VF w = load<VF>(block.w + at);
-      const VF s = load<VF>(block.scale[p] + v * kF32), z = load<VF>(block.zero[p] + v * kF32);
       const VF target = w + load<VF>(block.a + at) / pivot;
-      const VF code = minimum(maximum(rint(target / s) + z, bottom), top);
-      const VF value = (code - z) * s;
-      const VF residual = pivot * (target - value);
-      loss[v] = loss[v] + residual * residual;
+      VF value = target;
+      if (!kOpen) {
+        const VF s = load<VF>(block.scale[p] + v * kF32), z = load<VF>(block.zero[p] + v * kF32);
+        const VF code = minimum(maximum(rint(target / s) + z, bottom), top);
+        value = (code - z) * s;
+        const VF residual = pivot * (target - value);
+        loss[v] = loss[v] + residual * residual;
+        store(block.codes + at, __builtin_convertvector(code, VI));
+      }
       error[v] = w - value;
       store(block.e + at, error[v]);
-      store(block.codes + at, __builtin_convertvector(code, VI));
     }
     for (std::int64_t j = p + 1; j < block.columns; ++j) {
       const VF factor = broadcast<VF>(r[j]);
@@ -32,9 +39,16 @@ void feedback(const FeedbackBlock& block) {
         store(a + v * kF32, fma(error[v], factor, load<VF>(a + v * kF32)));
     }
   }
-  for (int v = 0; v < kVectors; ++v)
-    for (int lane = 0; lane < kF32; ++lane)
-      block.loss[v * kF32 + lane] += static_cast<double>(loss[v][lane]);
+  for (int v = 0; v < kVectors; ++v) store(block.loss + v * kF32, loss[v]);
+}
+
+}  // namespace
+
+void feedback(const FeedbackBlock& block) {
+  if (block.open)
+    sweep<true>(block);
+  else
+    sweep<false>(block);
 }
 
 }  // namespace bitwright::BITWRIGHT_ISA_NAME

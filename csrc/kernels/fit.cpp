@@ -1,21 +1,12 @@
 // Scale search of one group, one row per lane (solver.md 6.1, 6.2; GPTQ 2210.17323 for power 2.4).
 // No fused multiply-add: the scores are the same floats at every level, and in the NumPy reference.
+#include "kernels/scale_grid.h"
 #include "kernels/simd.h"
 #include "kernels/table.h"
 
 namespace bitwright::BITWRIGHT_ISA_NAME {
 
 namespace {
-
-inline VF to_scale_grid(VF s, const FitOptions& o) {
-  if (o.mantissa_drop > 0) {
-    const std::int32_t low = (1 << o.mantissa_drop) - 1;
-    VI bits = (VI)s;
-    bits = (bits + (low >> 1) + ((bits >> o.mantissa_drop) & 1)) & ~low;
-    s = (VF)bits;
-  }
-  return minimum(maximum(s, broadcast<VF>(o.scale_min)), broadcast<VF>(o.scale_max));
-}
 
 // y^(1/5) for y >= 0: a first guess from the exponent bits, then four Newton steps.
 inline VF fifth_root(VF y) {
@@ -58,12 +49,39 @@ inline Range range_of(std::int64_t columns, const float* w) {
   return r;
 }
 
-inline VF symmetric_start(const FitOptions& o, const Range& r) {
+// The scale that spans the range; turned: of a grid whose scale is negative.
+inline VF symmetric_start(const FitOptions& o, const Range& r, bool turned) {
   const float half = static_cast<float>((o.max_code + 1) / 2);
   const float below = half > 1.0F ? half - 1.0F : 1.0F;
-  const VF s =
-      o.search_range ? maximum(r.high / below, -r.low / half) : maximum(r.high, -r.low) / below;
+  const VF up = turned ? -r.low : r.high, down = turned ? r.high : -r.low;
+  const VF s = o.search_range ? maximum(up / below, down / half) : maximum(up, down) / below;
   return s > 0.0F ? s : broadcast<VF>(1.0F);
+}
+
+struct Pair {
+  VF scale, zero;
+};
+
+// Candidates per factor, and the one with number i: shifts of the zero point 0, -1, 1, -2, 2, ...;
+// on symmetric grids the scale, and where asked for the scale with its sign turned.
+inline std::int64_t per_factor(const FitOptions& o) {
+  return o.symmetric ? (o.negative ? 2 : 1) : 2 * o.zero_span + 1;
+}
+
+inline Pair pair_of(const FitOptions& o, const Range& r, std::int64_t i) {
+  const float factor = o.factor_count > 0 ? o.factors[i / per_factor(o)] : 1.0F;
+  const std::int64_t d = i % per_factor(o);
+  if (o.symmetric) {
+    const VF s = to_scale_grid(symmetric_start(o, r, d == 1) * factor, o.grid);
+    return {d == 1 ? -s : s, broadcast<VF>(static_cast<float>((o.max_code + 1) / 2))};
+  }
+  const VF top = broadcast<VF>(static_cast<float>(o.max_code));
+  const auto empty = r.low == r.high;
+  const VF low = empty ? broadcast<VF>(-1.0F) : r.low, high = empty ? broadcast<VF>(1.0F) : r.high;
+  const VF s = to_scale_grid((high - low) / top * factor, o.grid);
+  const float shift = static_cast<float>(d % 2 == 1 ? -(d + 1) / 2 : d / 2);
+  const VF z = rint(-low * factor / s) + shift;
+  return {s, minimum(maximum(z, broadcast<VF>(o.zero_min)), top)};
 }
 
 struct Best {
@@ -80,28 +98,16 @@ inline void consider(Best& best, VF score, VF s, VF z) {
 template <bool kPower24>
 inline void fit_vector(const FitOptions& o, std::int64_t columns, const float* w,
                        const float* weight, float* scale, float* zero) {
-  const VF top = broadcast<VF>(static_cast<float>(o.max_code));
-  const VF infinite = broadcast<VF>(__builtin_inff());
   const Range r = range_of(columns, w);
-  const auto empty = r.low == r.high;
-  const VF low = empty ? broadcast<VF>(-1.0F) : r.low, high = empty ? broadcast<VF>(1.0F) : r.high;
-  const VF start = o.symmetric ? symmetric_start(o, r) : (high - low) / top;
-  const VF middle = broadcast<VF>(static_cast<float>((o.max_code + 1) / 2));
-  const VF zero_min = broadcast<VF>(o.zero_min);
-  const float one = 1.0F;
-  const float* factors = o.factor_count > 0 ? o.factors : &one;
-  const std::int64_t count = o.factor_count > 0 ? o.factor_count : 1;
+  const std::int64_t count = o.factor_count > 0 ? o.factor_count * per_factor(o) : 1;
   Best best = {};
   for (std::int64_t i = 0; i < count; ++i) {
-    const VF s = to_scale_grid(start * factors[i], o);
-    const VF z0 = o.symmetric ? middle : rint(-low * factors[i] / s);
-    for (int d = 0; d <= (o.symmetric ? 0 : 2 * o.zero_span); ++d) {
-      const float shift = static_cast<float>(d % 2 == 1 ? -(d + 1) / 2 : d / 2);
-      const VF z = o.symmetric ? middle : minimum(maximum(z0 + shift, zero_min), top);
-      if (i == 0 && d == 0) best = {infinite, s, z};  // kept where every score overflows
-      const VF loss = o.factor_count > 0 ? score<kPower24>(o, columns, w, weight, s, z) : VF{};
-      consider(best, loss, s, z);
-    }
+    const Pair at = pair_of(o, r, i);
+    // the first is kept where every score overflows
+    if (i == 0) best = {broadcast<VF>(__builtin_inff()), at.scale, at.zero};
+    const VF loss =
+        o.factor_count > 0 ? score<kPower24>(o, columns, w, weight, at.scale, at.zero) : VF{};
+    consider(best, loss, at.scale, at.zero);
   }
   store(scale, best.scale);
   store(zero, best.zero);
@@ -114,6 +120,24 @@ void fit_group(const FitOptions& options, std::int64_t columns, const float* w, 
   for (int v = 0; v < kVectors; ++v) {
     const auto fit = options.power_2_4 ? fit_vector<true> : fit_vector<false>;
     fit(options, columns, w + v * kF32, weight, scale + v * kF32, zero + v * kF32);
+  }
+}
+
+void span(std::int64_t columns, const float* w, float* low, float* high) {
+  for (int v = 0; v < kVectors; ++v) {
+    const Range r = range_of(columns, w + v * kF32);
+    store(low + v * kF32, r.low);
+    store(high + v * kF32, r.high);
+  }
+}
+
+void candidate(const FitOptions& options, const float* low, const float* high, std::int64_t i,
+               float* scale, float* zero) {
+  for (int v = 0; v < kVectors; ++v) {
+    const Range r = {load<VF>(low + v * kF32), load<VF>(high + v * kF32)};
+    const Pair at = pair_of(options, r, i);
+    store(scale + v * kF32, at.scale);
+    store(zero + v * kF32, at.zero);
   }
 }
 

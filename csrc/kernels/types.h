@@ -6,19 +6,25 @@
 
 namespace bitwright {
 
+// Where scales live: float32 values without their `mantissa_drop` low bits (16: bf16, 13: fp16,
+// 0: fp32), smallest to largest.
+struct ScaleGrid {
+  int mantissa_drop;
+  float smallest, largest;
+};
+
 // Candidates are s = scale_grid(s0 * factors[i]); each is scored by sum_j weight_j |w_j -
 // q_j|^power with q rounded on the stored scale; the first of the best wins. No factors: s0 itself.
-// mantissa_drop: low bits of a float32 that the scale grid lacks (16: bf16, 13: fp16, 0: fp32).
 struct FitOptions {
   int max_code;       // 2^bits - 1
   bool symmetric;     // zero point 2^(bits-1)
+  bool negative;      // symmetric: each candidate is also tried with its sign turned
   bool search_range;  // symmetric: s0 = max(max/(h-1), -min/h) with h = 2^(bits-1), else
                       // absmax/(h-1)
   bool power_2_4;     // |.|^2.4 (as the reference GPTQ's search) instead of squares
   float zero_min;     // smallest zero point
   int zero_span;      // asymmetric: zero points z0 - span .. z0 + span are tried
-  int mantissa_drop;
-  float scale_min, scale_max;
+  ScaleGrid grid;
   std::int64_t factor_count;
   const float* factors;
 };
@@ -27,6 +33,7 @@ struct FitOptions {
 //   t = w + a / r_kk;  c = clamp(rint(t / s) + z, 0, max_code);  e = w - (c - z) s
 //   loss += (r_kk (t - q))^2;  a_j += e r_kj for the later columns j of the block.
 // w, a, e: [columns][nr]; r: the diagonal block of R (ldr); scale, zero: per column a row of nr.
+// open: nothing is rounded, e = w - t, so that w - e are the targets of the whole block at once.
 struct FeedbackBlock {
   std::int64_t columns;
   const float* r;
@@ -37,8 +44,44 @@ struct FeedbackBlock {
   const float* const* scale;
   const float* const* zero;
   float max_code;
+  bool open;
   std::int32_t* codes;  // [columns][nr]
-  double* loss;         // [nr]
+  float* loss;          // [nr]
+};
+
+// One block of a coordinate-descent sweep (solver.md 7.1), levels l = c - z, q = l s, g = (w - q)
+// H:
+//   q' = (clamp(rint((q + g / h_kk) / s) + z, 0, max_code) - z) s,  d = q - q'
+//   where -d (2 g + d h_kk) > 0 and the lane is active: l = l', gain += that, g_j += d h_kj in the
+//   block; else d = 0.
+// h: the diagonal block of H (ldh); level, g, d: [columns][nr]; active, gain: [nr].
+struct DescentBlock {
+  std::int64_t columns;
+  const float* h;
+  std::int64_t ldh;
+  const float* const* scale;
+  const float* const* zero;
+  float max_code;
+  const float* active;
+  float* level;
+  float* g;
+  float* d;
+  float* gain;
+};
+
+// The least-squares step of one group's scale (solver.md 7.2), hl = H_gg l:
+//   s' = scale_grid(s + sum g l / sum l hl), sign kept;  d = l s - l s'
+//   where the gain (s' - s) (2 sum g l - (s' - s) sum l hl) is positive and the lane is active.
+struct RescaleGroup {
+  std::int64_t columns;
+  ScaleGrid grid;
+  const float* level;
+  const float* g;
+  const float* hl;
+  const float* active;
+  float* scale;
+  float* d;
+  float* gain;
 };
 
 struct ColumnSums {

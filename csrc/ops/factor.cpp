@@ -114,10 +114,11 @@ bool factor(In<double> h, InVec<std::int32_t> order, InVec<std::uint8_t> dead, d
   require(r.rows() == k && r.cols() == k, "[factor] R must be ", k, " x ", k, ", got ", r.rows(),
           " x ", r.cols());
   require_finite("factor", "H", h);
+  const double alone = damping > 0.0 ? damping : 1.0;
   Cholesky cholesky(k);
   cholesky.load([&](Index row, Index column) {
     const Index i = order[k - 1 - row], j = order[k - 1 - column];
-    if (dead[i] || dead[j]) return row == column ? 1.0 : 0.0;
+    if (dead[i] || dead[j]) return row == column ? alone : 0.0;
     return h(i, j) + (row == column ? damping : 0.0);
   });
   if (!cholesky.run()) return false;

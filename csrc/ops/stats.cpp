@@ -35,37 +35,65 @@ void fill_panels(In<T> x, bool bf16, Index first, Index rows, float* panels) {
   });
 }
 
-void add_tiles(const float* panels, Index rows, Index k, Index row0, Index row1, Index panel,
-               Out<double> h) {
+// h[row0 .. row1) of one column panel += left^T right; both are panels [columns][rows][nr].
+void add_tiles(const float* left, const float* right, Index rows, Index k, Index row0, Index row1,
+               Index panel, Out<double> h) {
   const Table& kernel = table();
   const Index nr = kernel.nr_f32, mr = kernel.mr_f32, column = panel * nr;
   Buffer<float> c(mr * nr);
-  for (Index i = row0; i < std::min(row1, column + nr); i += mr) {
+  for (Index i = row0; i < row1; i += mr) {
     std::fill(c.get(), c + mr * nr, 0.0F);
-    const float* left = panels + (i / nr) * rows * nr + i % nr;
-    kernel.tile_f32(rows, left, nr, panels + panel * rows * nr, c.get(), nr);
+    kernel.tile_f32(rows, left + (i / nr) * rows * nr + i % nr, nr, right + panel * rows * nr,
+                    c.get(), nr);
     for (Index a = 0; a < std::min(mr, k - i); ++a)
       for (Index b = 0; b < std::min(nr, k - column); ++b)
         h(i + a, column + b) += static_cast<double>(c[a * nr + b]);
   }
 }
 
+// h += left^T right over one chunk; only what lies on and above the diagonal where `upper`.
+void add_chunk(const float* left, const float* right, Index rows, Index k, bool upper,
+               Out<double> h) {
+  const Index nr = table().nr_f32, panels = ceil_div(k, nr);
+  const Index across = ceil_div(panels, kPanelsPerTask), down = ceil_div(k, kRowsPerTask);
+  parallel_for(across * down, [&](Index task) {
+    const Index row0 = task % down * kRowsPerTask, panel0 = task / down * kPanelsPerTask;
+    const Index row1 = std::min(k, row0 + kRowsPerTask);
+    for (Index p = panel0; p < std::min(panels, panel0 + kPanelsPerTask); ++p)
+      add_tiles(left, right, rows, k, row0, upper ? std::min(row1, (p + 1) * nr) : row1, p, h);
+  });
+}
+
 template <class T>
 void gram(In<T> x, bool bf16, Out<double> h) {
-  const Index k = x.cols(), nr = table().nr_f32;
+  const Index k = x.cols(), nr = table().nr_f32, panels = ceil_div(k, nr);
   require(h.rows() == k && h.cols() == k, "[gram] H must be ", k, " x ", k, " to match X (",
           x.rows(), " x ", k, "), got ", h.rows(), " x ", h.cols());
-  const Index panels = ceil_div(k, nr), right = ceil_div(panels, kPanelsPerTask);
-  const Index left = ceil_div(k, kRowsPerTask);
   Buffer<float> data(std::min(kChunk, x.rows()) * panels * nr);
   for (Index first = 0; first < x.rows(); first += kChunk) {
     const Index rows = std::min(kChunk, x.rows() - first);
     fill_panels<T>(x, bf16, first, rows, data.get());
-    parallel_for(right * left, [&](Index task) {
-      const Index row0 = task % left * kRowsPerTask, panel0 = task / left * kPanelsPerTask;
-      for (Index p = panel0; p < std::min(panels, panel0 + kPanelsPerTask); ++p)
-        add_tiles(data.get(), rows, k, row0, std::min(k, row0 + kRowsPerTask), p, h);
+    add_chunk(data.get(), data.get(), rows, k, true, h);
+  }
+}
+
+template <class T>
+void cross(In<T> before, In<T> x, bool bf16, Out<double> c) {
+  const Index k = x.cols(), nr = table().nr_f32, panels = ceil_div(k, nr);
+  require(before.rows() == x.rows() && before.cols() == k, "[cross] both inputs must be ", x.rows(),
+          " x ", k, ", got ", before.rows(), " x ", before.cols());
+  require(c.rows() == k && c.cols() == k, "[cross] C must be ", k, " x ", k, " to match X (",
+          x.rows(), " x ", k, "), got ", c.rows(), " x ", c.cols());
+  const Index most = std::min(kChunk, x.rows()) * panels * nr;
+  Buffer<float> left(most), right(most);
+  for (Index first = 0; first < x.rows(); first += kChunk) {
+    const Index rows = std::min(kChunk, x.rows() - first);
+    fill_panels<T>(before, bf16, first, rows, left.get());
+    fill_panels<T>(x, bf16, first, rows, right.get());
+    parallel_for(panels, [&](Index p) {
+      for (Index i = p * rows * nr; i < (p + 1) * rows * nr; ++i) left[i] -= right[i];
     });
+    add_chunk(left.get(), right.get(), rows, k, false, c);
   }
 }
 
@@ -93,6 +121,10 @@ void column_stats(In<T> x, bool bf16, OutVec<double> absolute, OutVec<float> abs
 
 }  // namespace
 
+void cross_f32(In<float> before, In<float> x, Out<double> c) { cross<float>(before, x, false, c); }
+void cross_u16(In<std::uint16_t> before, In<std::uint16_t> x, bool bf16, Out<double> c) {
+  cross<std::uint16_t>(before, x, bf16, c);
+}
 void gram_f32(In<float> x, Out<double> h) { gram<float>(x, false, h); }
 void gram_u16(In<std::uint16_t> x, bool bf16, Out<double> h) { gram<std::uint16_t>(x, bf16, h); }
 

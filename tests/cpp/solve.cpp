@@ -58,6 +58,63 @@ void gptq_of(const Size& size, int bits) {
   CHECK(plain == with_identity);
 }
 
+// Scales searched inside the sweep, then refined: the same for any thread count, losses that are
+// the objective's, and refinement never above where it began.
+void searched_of(const Size& size, int bits) {
+  const FitSettings settings{bits, size.group, bits % 2 == 0, 0, "bf16", 2.0, true, 1, true};
+  const RowMajor<float> w = normal(size.n, size.k, unsigned(size.k), 0.05F);
+  Vector<std::int32_t> order(size.k);
+  for (Index i = 0; i < size.k; ++i) order[i] = static_cast<std::int32_t>(i);
+  const RowMajor<double> h = hessian(size.k, 3);
+  RowMajor<float> r(size.k, size.k);
+  Vector<std::uint8_t> dead = Vector<std::uint8_t>::Zero(size.k);
+  CHECK(factor(h, order, dead, 0.01, r));
+  Vector<float> factors(3);
+  factors << 1.0F, 0.8F, 0.9F;
+  Grid grid{RowMajor<float>(size.n, ceil_div(size.k, size.group)),
+            RowMajor<std::uint8_t>(size.n, ceil_div(size.k, size.group))};
+  Vector<double> before(size.n), after(size.n), same(size.n);
+  const RowMajor<std::uint8_t> codes = for_every_thread_count([&] {
+    RowMajor<std::uint8_t> out(size.n, size.k);
+    gptq_search(w, r, order, settings, factors, grid.scales, grid.zeros, out, before);
+    return out;
+  });
+  RowMajor<std::uint8_t> with_scales(size.n, size.k);
+  gptq(w, r, order, grid.scales, grid.zeros, size.group, bits, with_scales, same);
+  CHECK(with_scales == codes);
+  const RowMajor<float> scales = grid.scales;
+  const RowMajor<std::uint8_t> revised = for_every_thread_count([&] {
+    RowMajor<std::uint8_t> out = codes;
+    grid.scales = scales;
+    refine(w, h, dead, 0.01, settings, "clclc", 1e-4, grid.scales, grid.zeros, out, after);
+    return out;
+  });
+  RowMajor<double> hd = h;
+  hd.diagonal().array() += 0.01;
+  const RowMajor<double> e = error_of(w, revised, grid, size.group);
+  const Vector<double> exact = (e * hd).cwiseProduct(e).rowwise().sum();
+  const Vector<double> room = before.array() * 1e-4 + 1e-12;
+  CHECK((exact.array() <= (before + room).array()).all());
+  CHECK(((after - exact).array().abs() <= room.array() + 1e-4 * exact.array()).all());
+}
+
+void drift_of(const Size& size) {
+  const RowMajor<float> w = normal(size.n, size.k, 12);
+  const RowMajor<double> h = hessian(size.k, 13), c = hessian(size.k, 14);
+  const Vector<std::int32_t> order = reversed(size.k);
+  RowMajor<float> r(size.k, size.k);
+  CHECK(factor(h, order, Vector<std::uint8_t>::Zero(size.k), 0.1, r));
+  const RowMajor<float> delta = for_every_thread_count([&] {
+    RowMajor<float> out(size.n, size.k);
+    drift(w, c, r, order, out);
+    return out;
+  });
+  RowMajor<double> hd = h;
+  hd.diagonal().array() += 0.1;
+  const RowMajor<double> want = w.cast<double>() * c, got = delta.cast<double>() * hd;
+  CHECK((got - want).cwiseAbs().maxCoeff() <= 1e-4 * want.cwiseAbs().maxCoeff());
+}
+
 void refusals() {
   const RowMajor<float> w = normal(3, 8, 1);
   Grid grid = grid_of(w, {4, 4});
@@ -133,6 +190,9 @@ void linear_of(const Size& size, Index t) {
 void solve() {
   for (const Size& size : kSizes)
     for (const int bits : {1, 2, 4, 8}) gptq_of(size, bits);
+  for (const Size& size : kSizes)
+    for (const int bits : {2, 3}) searched_of(size, bits);
+  for (const Size& size : kSizes) drift_of(size);
   refusals();
 }
 

@@ -28,6 +28,20 @@ void gram_of(Index t, Index k) {
   CHECK(h == h.transpose());
 }
 
+void cross_of(Index t, Index k) {
+  const RowMajor<float> before = normal(t, k, unsigned(t + 2 * k)), x = normal(t, k, unsigned(t));
+  const RowMajor<double> c = for_every_thread_count([&] {
+    RowMajor<double> sum = RowMajor<double>::Zero(k, k);
+    cross_f32(before, x, sum);
+    return sum;
+  });
+  const RowMajor<double> wide = x.cast<double>(), d = (before - x).cast<double>();
+  const RowMajor<double> exact = d.transpose() * wide;
+  const RowMajor<double> size = d.cwiseAbs().transpose() * wide.cwiseAbs();
+  const double chain = static_cast<double>(std::min<Index>(t, 512)) * kUnit;
+  CHECK(((c - exact).array().abs() <= 1.01 * chain * size.array()).all());
+}
+
 void gram_of_words(Index t, Index k, bool bf16) {
   RowMajor<std::uint16_t> words(t, k);
   RowMajor<float> x(t, k);
@@ -121,6 +135,7 @@ void sums() {
   const Index sizes[][2] = {{0, 5}, {1, 1}, {1, 50}, {3, 400}, {511, 24}, {513, 13}, {1100, 29}};
   for (const auto& size : sizes) {
     gram_of(size[0], size[1]);
+    cross_of(size[0], size[1]);
     gram_of_words(size[0], size[1], true);
     gram_of_words(size[0], size[1], false);
     columns_of(size[0], size[1]);

@@ -1,8 +1,10 @@
 """Scale s and zero point z of each row and group, candidates s = to_grid(s0 p) for p in factors.
 
-symmetric:  z = 2^(b-1) = h, s0 = max|w| / (h - 1); search: s0 = max(max w / (h - 1), -min w / h)
-asymmetric: lo = min(0, min w), hi = max(0, max w), or -1, 1 where both are 0; s0 = (hi - lo) / top,
-            top = 2^b - 1; z = clamp(rint(-lo p / s) + shift, zero_min, top), search: shift 0, -1, 1
+symmetric:  z = 2^(b-1) = h, s0 = max|w| / (h - 1); search: s0 = max(max w / (h - 1), -min w / h);
+            negative: each s is followed by -to_grid(s0' p), s0' that of -w
+asymmetric: lo = min(0, min w), hi = max(0, max w), or -1, 1 where both are 0;
+            s0 = (hi - lo) / top, top = 2^b - 1; z = clamp(rint(-lo p / s) + d, zero_min, top),
+            search: d 0, -1, 1, -2, ...
 The first candidate with the least sum_j weight_j |w_j - (c_j - z) s|^power wins.
 """
 
@@ -11,29 +13,44 @@ import numpy as np
 from ref import to_grid
 
 
-def fit_group(w, weight, bits, symmetric, zero_min, scale_grid, power, factors, search):
+def candidates(w, bits, symmetric, zero_min, scale_grid, factors, span, negative, search):
+    """(s, z) of every candidate, in the order in which they are tried."""
     top, half = np.float32(2**bits - 1), np.float32(2 ** (bits - 1))
     lo, hi = w.min(1, initial=0.0), w.max(1, initial=0.0)
     if symmetric:
         below = max(half - 1, np.float32(1))
-        s0 = np.maximum(hi / below, -lo / half) if search else np.maximum(hi, -lo) / below
-        s0[s0 == 0] = 1
-    else:
-        lo, hi = np.where(lo == hi, -1, lo), np.where(lo == hi, 1, hi)
-        s0 = (hi - lo) / top
+        starts = [(hi, -lo), (-lo, hi)] if negative else [(hi, -lo)]
+        if search:
+            starts = [np.maximum(up / below, down / half) for up, down in starts]
+        else:
+            starts = [np.maximum(up, down) / below for up, down in starts]
+        starts = [np.where(s0 > 0, s0, np.float32(1)) for s0 in starts]
+        scales = [
+            sign * to_grid(s0 * p, scale_grid)
+            for p in factors
+            for sign, s0 in zip((1, -1), starts, strict=False)
+        ]
+        return [(s.astype(np.float32), np.full_like(s, half)) for s in scales]
+    lo, hi = np.where(lo == hi, -1, lo), np.where(lo == hi, 1, hi)
+    shifts = [0] + [sign * d for d in range(1, span + 1) for sign in (-1, 1)] if search else [0]
     tried = []
     for p in factors:
-        s = to_grid(s0 * p, scale_grid)
-        for shift in (0, -1, 1) if search and not symmetric else (0,):
-            z = np.clip(np.rint(-lo * p / s) + shift, zero_min, top)
-            z = np.full_like(s, half) if symmetric else z
-            code = np.clip(np.rint(w / s[:, None]) + z[:, None], 0, top)
-            error = w - (code - z[:, None]) * s[:, None]
-            loss = error * error if power == 2.0 else np.abs(error, dtype=np.float64) ** power
-            tried.append((np.add.accumulate(loss * weight, 1)[:, -1], s, z))
-    scores, scales, zeros = (np.array(column) for column in zip(*tried, strict=True))
-    best = np.argmin(scores, 0), np.arange(len(w))
-    return scales[best], zeros[best].astype(np.uint8)
+        s = to_grid((hi - lo) / top * p, scale_grid)
+        tried += [(s, np.clip(np.rint(-lo * p / s) + d, zero_min, top)) for d in shifts]
+    return tried
+
+
+def fit_group(w, weight, bits, symmetric, zero_min, scale_grid, power, factors, search):
+    top, losses = np.float32(2**bits - 1), []
+    tried = candidates(w, bits, symmetric, zero_min, scale_grid, factors, 1, False, search)
+    for s, z in tried:
+        code = np.clip(np.rint(w / s[:, None]) + z[:, None], 0, top)
+        error = w - (code - z[:, None]) * s[:, None]
+        loss = error * error if power == 2.0 else np.abs(error, dtype=np.float64) ** power
+        losses.append(np.add.accumulate(loss * weight, 1)[:, -1])
+    best = np.argmin(losses, 0), np.arange(len(w))
+    scales, zeros = (np.array(part)[best] for part in zip(*tried, strict=True))
+    return scales, zeros.astype(np.uint8)
 
 
 def fit(W, weight, bits, group, symmetric, zero_min, scale_grid, power, factors, search):

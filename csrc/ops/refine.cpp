@@ -1,0 +1,228 @@
+// Refinement after the sweep (solver.md 7), a panel of rows at a time, columns in natural order.
+// Kept for every column: level l = c - z and g = (w - q) H_d, so that the gain of a step is known
+// without a product. A block of columns (c) or a group (l) is revised by the kernel; its changes
+// then go to the other columns of g as tiles. Every g_j is one chain over the steps in their order.
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "core/parallel.h"
+#include "ops.h"
+#include "ops/fit_options.h"
+#include "ops/panel.h"
+
+namespace bitwright {
+
+namespace {
+
+constexpr Index kBlock = 24;  // a multiple of every mr
+
+class RefinePanel {
+ public:
+  RefinePanel(In<float> w, In<float> scales, In<std::uint8_t> zeros, In<std::uint8_t> codes,
+              Index group, int bits, const ScaleGrid& grid, const LeftSlices& h, Index row)
+      : nr_(table().nr_f32),
+        mr_(table().mr_f32),
+        k_(w.cols()),
+        group_(group),
+        groups_(scales.cols()),
+        rows_(std::min(nr_, w.rows() - row)),
+        top_(static_cast<float>((1 << bits) - 1)),
+        grid_(grid),
+        h_(h),
+        w_(k_ * nr_),
+        level_(k_ * nr_, true),
+        g_(ceil_div(k_, mr_) * mr_ * nr_, true),
+        d_(std::max(kBlock, std::min(group, k_)) * nr_),
+        scratch_((std::min(group, k_) + 2 * mr_) * nr_),
+        scale_(groups_ * nr_),
+        zero_(groups_ * nr_, true),
+        active_(nr_, true),
+        gain_(nr_),
+        loss_(nr_, true) {
+    for (std::vector<bool>& rows : resting_) rows.resize(static_cast<std::size_t>(nr_));
+    load_panel(w, row, 0, k_, w_.get());
+    for (Index lane = 0; lane < nr_; ++lane) {
+      active_[lane] = lane < rows_ ? 1.0F : 0.0F;
+      for (Index g = 0; g < groups_; ++g) {
+        scale_[g * nr_ + lane] = lane < rows_ ? scales(row + lane, g) : 1.0F;
+        zero_[g * nr_ + lane] = lane < rows_ ? static_cast<float>(zeros(row + lane, g)) : 0.0F;
+      }
+      for (Index j = 0; j < k_ && lane < rows_; ++j)
+        level_[j * nr_ + lane] =
+            static_cast<float>(codes(row + lane, j)) - zero_[j / group * nr_ + lane];
+    }
+    Buffer<float> e(k_ * nr_);
+    errors(e.get());
+    for (Index s = 0; s < h_.slices(); ++s)
+      table().tile_f32(k_, h_.slice(s), mr_, e.get(), g_ + s * mr_ * nr_, nr_);
+    remaining();
+  }
+
+  // One sweep of coordinate descent.
+  void descend(In<float> h) {
+    std::fill(gain_.get(), gain_ + nr_, 0.0F);
+    for (Index first = 0; first < k_; first += kBlock) {
+      const Index columns = std::min(kBlock, k_ - first);
+      const float *scale[kBlock], *zero[kBlock];
+      for (Index p = 0; p < columns; ++p) {
+        scale[p] = scale_ + (first + p) / group_ * nr_;
+        zero[p] = zero_ + (first + p) / group_ * nr_;
+      }
+      DescentBlock b{};
+      b.columns = columns;
+      b.h = h.data() + first * h.outerStride() + first;
+      b.ldh = h.outerStride();
+      b.scale = scale;
+      b.zero = zero;
+      b.max_code = top_;
+      b.active = active_.get();
+      b.level = level_ + first * nr_;
+      b.g = g_ + first * nr_;
+      b.d = d_.get();
+      b.gain = gain_.get();
+      bool moved = false;
+      table().descend(b, &moved);
+      if (moved) spread(first, columns, first / mr_, ceil_div(first + columns, mr_));
+    }
+  }
+
+  // One pass of least squares over the scales of all groups.
+  void rescale() {
+    std::fill(gain_.get(), gain_ + nr_, 0.0F);
+    for (Index g = 0; g < groups_; ++g) {
+      const Index first = g * group_, columns = std::min(group_, k_ - first);
+      const Index begin = first / mr_, end = ceil_div(first + columns, mr_);
+      std::fill(scratch_.get(), scratch_ + (end - begin) * mr_ * nr_, 0.0F);
+      for (Index s = begin; s < end; ++s)
+        table().tile_f32(columns, h_.slice(s) + first * mr_, mr_, level_ + first * nr_,
+                         scratch_ + (s - begin) * mr_ * nr_, nr_);
+      RescaleGroup r{};
+      r.columns = columns;
+      r.grid = grid_;
+      r.level = level_ + first * nr_;
+      r.g = g_ + first * nr_;
+      r.hl = scratch_ + (first - begin * mr_) * nr_;
+      r.active = active_.get();
+      r.scale = scale_ + g * nr_;
+      r.d = d_.get();
+      r.gain = gain_.get();
+      bool moved = false;
+      table().rescale(r, &moved);
+      if (moved) spread(first, columns, 0, 0);
+    }
+  }
+
+  // Losses after a pass. A row rests after a descent that, like its last rescale, gained little.
+  bool go_on(bool scales, double tolerance) {
+    bool any = false;
+    for (Index lane = 0; lane < rows_; ++lane) {
+      const double gain = static_cast<double>(gain_[lane]);
+      resting_[scales ? 1 : 0][std::size_t(lane)] = gain <= tolerance * loss_[lane];
+      loss_[lane] -= gain;
+      if (!scales && resting_[0][std::size_t(lane)] && resting_[1][std::size_t(lane)])
+        active_[lane] = 0.0F;
+      any |= active_[lane] > 0.0F;
+    }
+    return any;
+  }
+
+  void finish(Index row, Out<float> scales, Out<std::uint8_t> codes, OutVec<double> loss) {
+    remaining();
+    for (Index lane = 0; lane < rows_; ++lane) {
+      loss[row + lane] = loss_[lane];
+      for (Index g = 0; g < groups_; ++g) scales(row + lane, g) = scale_[g * nr_ + lane];
+      for (Index j = 0; j < k_; ++j)
+        codes(row + lane, j) =
+            static_cast<std::uint8_t>(level_[j * nr_ + lane] + zero_[j / group_ * nr_ + lane]);
+    }
+  }
+
+ private:
+  void errors(float* e) const {
+    for (Index j = 0; j < k_; ++j)
+      for (Index lane = 0; lane < nr_; ++lane)
+        e[j * nr_ + lane] =
+            w_[j * nr_ + lane] - level_[j * nr_ + lane] * scale_[j / group_ * nr_ + lane];
+  }
+
+  // e H e^T of each row from the errors and g.
+  void remaining() {
+    Buffer<float> e(k_ * nr_);
+    errors(e.get());
+    std::fill(loss_.get(), loss_ + nr_, 0.0);
+    for (Index i = 0; i < k_ * nr_; ++i)
+      loss_[i % nr_] += static_cast<double>(e[i]) * static_cast<double>(g_[i]);
+    for (Index lane = 0; lane < nr_; ++lane) loss_[lane] = std::max(loss_[lane], 0.0);
+  }
+
+  // g += d H for the changes d of these columns, except in the slices [skip, resume).
+  void spread(Index first, Index columns, Index skip, Index resume) {
+    for (Index s = 0; s < h_.slices(); ++s)
+      if (s < skip || s >= resume)
+        table().tile_f32(columns, h_.slice(s) + first * mr_, mr_, d_.get(), g_ + s * mr_ * nr_,
+                         nr_);
+  }
+
+  Index nr_, mr_, k_, group_, groups_, rows_;
+  float top_;
+  ScaleGrid grid_;
+  const LeftSlices& h_;
+  Buffer<float> w_, level_, g_, d_, scratch_, scale_, zero_, active_, gain_;
+  Buffer<double> loss_;
+  std::vector<bool> resting_[2];
+};
+
+RowMajor<float> damped(In<double> h, InVec<std::uint8_t> dead, double damping) {
+  const float alone = damping > 0.0 ? static_cast<float>(damping) : 1.0F;
+  RowMajor<float> out(h.rows(), h.cols());
+  parallel_for(h.rows(), [&](Index i) {
+    for (Index j = 0; j < h.cols(); ++j)
+      out(i, j) = dead[i] || dead[j] ? (i == j ? alone : 0.0F)
+                                     : static_cast<float>(h(i, j) + (i == j ? damping : 0.0));
+  });
+  return out;
+}
+
+}  // namespace
+
+void refine(In<float> w, In<double> h, InVec<std::uint8_t> dead, double damping,
+            const FitSettings& settings, const std::string& pattern, double tolerance,
+            Out<float> scales, In<std::uint8_t> zeros, Out<std::uint8_t> codes,
+            OutVec<double> loss) {
+  const Index n = w.rows(), k = w.cols(), nr = table().nr_f32;
+  require_square("refine", k, h);
+  require_codes("refine", n, k, settings.group, scales, zeros);
+  require_scales("refine", scales);
+  require_finite("refine", "W", w);
+  require_finite("refine", "H", h);
+  require(dead.size() == k, "[refine] dead must have ", k, " entries, got ", dead.size());
+  require(loss.size() == n, "[refine] loss must have ", n, " entries, got ", loss.size());
+  require(codes.rows() == n && codes.cols() == k, "[refine] codes must be ", n, " x ", k, ", got ",
+          codes.rows(), " x ", codes.cols());
+  require(damping >= 0.0 && std::isfinite(damping),
+          "[refine] damping must be finite and at least 0, got ", damping);
+  require(pattern.find_first_not_of("cl") == std::string::npos,
+          "[refine] pattern must consist of c and l, got ", pattern);
+  const Eigen::VectorXf none;
+  const FitOptions options = fit_options(settings, none);
+  for (Index i = 0; i < n; ++i)
+    for (Index j = 0; j < k; ++j)
+      require(codes(i, j) <= options.max_code, "[refine] codes must be at most ", options.max_code,
+              ", got code ", int{codes(i, j)}, " at (", i, ", ", j, ")");
+  const RowMajor<float> hd = damped(h, dead, damping);
+  for (Index i = 0; i < k; ++i)
+    require(hd(i, i) > 0.0F, "[refine] H must have a positive diagonal, got ", hd(i, i), " at ", i);
+  const LeftSlices left(k, k, [&](Index p, Index i) { return hd(p, i); });
+  parallel_for(ceil_div(n, nr), [&](Index panel) {
+    RefinePanel rows(w, scales, zeros, codes, settings.group, settings.bits, options.grid, left,
+                     panel * nr);
+    for (const char pass : pattern) {
+      pass == 'c' ? rows.descend(hd) : rows.rescale();
+      if (!rows.go_on(pass == 'l', tolerance)) break;
+    }
+    rows.finish(panel * nr, scales, codes, loss);
+  });
+}
+
+}  // namespace bitwright

@@ -1,0 +1,156 @@
+// A panel of rows on its way through the columns in solving order (solver.md 3.3): what the sweep
+// with given scales and the sweep that searches them share.
+//
+// R is cut into blocks of consecutive columns, and each block into slices of mr columns with all
+// rows above them: the left operands of the tiles. For a block: a = E R over the finished columns
+// (tiles), then slice by slice inside the block: tiles over the block's earlier columns, and the
+// feedback kernel inside the slice. Each target is one multiply-add chain over ascending columns,
+// so blocks, slices and threads change no bit.
+#pragma once
+
+#include <vector>
+
+#include "ops/panel.h"
+
+namespace bitwright {
+
+struct SweepBlock {
+  Index first, columns;
+  LeftSlices left;  // rows 0 .. first + columns of R
+};
+
+inline std::vector<SweepBlock> sweep_blocks(In<float> r, const std::vector<Index>& starts) {
+  std::vector<SweepBlock> blocks;
+  for (std::size_t b = 0; b < starts.size(); ++b) {
+    const Index first = starts[b];
+    const Index end = b + 1 < starts.size() ? starts[b + 1] : r.cols();
+    blocks.push_back({first, end - first, LeftSlices(end, end - first, [&](Index p, Index i) {
+                        return r(p, first + i);
+                      })});
+  }
+  return blocks;
+}
+
+class SweepPanel {
+ public:
+  SweepPanel(In<float> w, In<float> r, InVec<std::int32_t> order, Index row, Index widest)
+      : nr_(table().nr_f32),
+        row_(row),
+        rows_(std::min(nr_, w.rows() - row)),
+        w_in_(w),
+        r_(r),
+        order_(order),
+        error_(r.cols() * nr_),
+        w_(widest * nr_, true),
+        a_(widest * nr_),
+        slice_(table().mr_f32 * nr_),
+        codes_(widest * nr_),
+        block_loss_(nr_),
+        loss_(nr_, true) {}
+
+  Index row() const { return row_; }
+  Index rows() const { return rows_; }
+  Index nr() const { return nr_; }
+  const float* w() const { return w_.get(); }
+  float* error(Index column) { return error_ + column * nr_; }
+  const float* block_loss() const { return block_loss_.get(); }
+
+  // Loads the weights of a block and what the finished columns contribute to its targets.
+  void enter(const SweepBlock& block) {
+    for (Index p = 0; p < block.columns; ++p)
+      for (Index lane = 0; lane < rows_; ++lane)
+        w_[p * nr_ + lane] = w_in_(row_ + lane, order_[block.first + p]);
+    const Index mr = block.left.mr();
+    for (Index s = 0; s < block.left.slices(); ++s) {
+      const Index columns = std::min(mr, block.columns - s * mr);
+      std::memset(slice_.get(), 0, static_cast<std::size_t>(mr * nr_) * sizeof(float));
+      table().tile_f32(block.first, block.left.slice(s), mr, error_.get(), slice_.get(), nr_);
+      std::copy(slice_.get(), slice_ + columns * nr_, a_ + s * mr * nr_);
+    }
+  }
+
+  // The block's feedback with these scales and zero points per column (unused where open): errors
+  // to e, codes and losses inside. After each slice `go_on` may end it.
+  template <class GoOn>
+  void run(const SweepBlock& block, const float* const* scale, const float* const* zero,
+           int max_code, bool open, float* e, const GoOn& go_on) {
+    const Index mr = block.left.mr();
+    std::memset(block_loss_.get(), 0, static_cast<std::size_t>(nr_) * sizeof(float));
+    for (Index s = 0; s < block.left.slices(); ++s) {
+      const Index c = s * mr, columns = std::min(mr, block.columns - c);
+      std::copy(a_ + c * nr_, a_ + (c + columns) * nr_, slice_.get());
+      table().tile_f32(c, block.left.slice(s) + block.first * mr, mr, e, slice_.get(), nr_);
+      FeedbackBlock f{};
+      f.columns = columns;
+      f.r = r_.data() + (block.first + c) * r_.outerStride() + block.first + c;
+      f.ldr = r_.outerStride();
+      f.w = w_ + c * nr_;
+      f.a = slice_.get();
+      f.e = e + c * nr_;
+      f.scale = scale + c;
+      f.zero = zero + c;
+      f.max_code = static_cast<float>(max_code);
+      f.open = open;
+      f.codes = codes_ + c * nr_;
+      f.loss = block_loss_.get();
+      table().feedback(f);
+      if (!go_on()) return;
+    }
+  }
+
+  // Keeps the codes and losses of the last run.
+  void commit(const SweepBlock& block, Out<std::uint8_t> codes) {
+    for (Index p = 0; p < block.columns; ++p)
+      for (Index lane = 0; lane < rows_; ++lane)
+        codes(row_ + lane, order_[block.first + p]) =
+            static_cast<std::uint8_t>(codes_[p * nr_ + lane]);
+    for (Index lane = 0; lane < nr_; ++lane) loss_[lane] += static_cast<double>(block_loss_[lane]);
+  }
+
+  void finish(OutVec<double> loss) const {
+    for (Index lane = 0; lane < rows_; ++lane) loss[row_ + lane] = loss_[lane];
+  }
+
+ private:
+  Index nr_, row_, rows_;
+  In<float> w_in_, r_;
+  InVec<std::int32_t> order_;
+  Buffer<float> error_, w_, a_, slice_;
+  Buffer<std::int32_t> codes_;
+  Buffer<float> block_loss_;
+  Buffer<double> loss_;
+};
+
+// Tasks of kPanelsPerTask panels each, block after block, so that R's slices serve them from cache.
+template <class Make, class Step>
+void sweep(Index n, const std::vector<SweepBlock>& blocks, OutVec<double> loss, const Make& make,
+           const Step& step) {
+  constexpr Index kPanelsPerTask = 2;
+  const Index nr = table().nr_f32;
+  parallel_for(ceil_div(n, nr * kPanelsPerTask), [&](Index task) {
+    std::vector<decltype(make(Index{0}))> panels;
+    const Index end = std::min(n, (task + 1) * nr * kPanelsPerTask);
+    for (Index row = task * nr * kPanelsPerTask; row < end; row += nr) panels.push_back(make(row));
+    for (const SweepBlock& block : blocks)
+      for (auto& panel : panels) step(panel, block);
+    for (const auto& panel : panels) panel.sweep.finish(loss);
+  });
+}
+
+inline void require_sweep(const char* op, In<float> w, In<float> r, InVec<std::int32_t> order,
+                          int bits, Out<std::uint8_t> codes, OutVec<double> loss) {
+  const Index n = w.rows(), k = w.cols();
+  require(r.rows() == k && r.cols() == k, "[", op, "] R must be ", k, " x ", k, " to match W (", n,
+          " x ", k, "), got ", r.rows(), " x ", r.cols());
+  require_permutation(op, k, order);
+  require_finite(op, "W", w);
+  require_finite(op, "R", r);
+  require(bits >= 1 && bits <= 8, "[", op, "] bits must be 1 to 8, got ", bits);
+  require(codes.rows() == n && codes.cols() == k, "[", op, "] codes must be ", n, " x ", k,
+          ", got ", codes.rows(), " x ", codes.cols());
+  require(loss.size() == n, "[", op, "] loss must have ", n, " entries, got ", loss.size());
+  for (Index i = 0; i < k; ++i)
+    require(r(i, i) > 0.0F, "[", op, "] R must have a positive diagonal, got ", r(i, i), " at ", i);
+}
+
+}  // namespace bitwright

@@ -1,0 +1,46 @@
+"""The verbs of the C++ core over NumPy arrays: the only importers of `_core`.
+
+Contracts and formulas: csrc/ops.h; a plain NumPy twin of every op: tests/ref. Here inputs are made
+contiguous in plain sight, dtypes and dimensions are checked with a sentence, outputs are allocated.
+
+Threads: `threads()` starts as the CPUs this process may use (affinity, then the cgroup's quota).
+OpenMP's waiting policy is read when its library is loaded; where nobody has set one it becomes
+passive, because spinning threads starve each other on small virtual machines.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from bitwright.ops.arrays import BFLOAT16 as BFLOAT16
+from bitwright.ops.arrays import as_numpy as as_numpy
+from bitwright.ops.codes import SEARCH_FACTORS as SEARCH_FACTORS
+from bitwright.ops.codes import decode as decode
+from bitwright.ops.codes import encode as encode
+from bitwright.ops.codes import fit as fit
+from bitwright.ops.codes import pack as pack
+from bitwright.ops.codes import qlinear as qlinear
+from bitwright.ops.codes import unpack as unpack
+from bitwright.ops.solve import CLIP_FACTORS as CLIP_FACTORS
+from bitwright.ops.solve import DAMPING_ATTEMPTS as DAMPING_ATTEMPTS
+from bitwright.ops.solve import FEEDBACK_FACTORS as FEEDBACK_FACTORS
+from bitwright.ops.solve import awq_clip as awq_clip
+from bitwright.ops.solve import awq_scale as awq_scale
+from bitwright.ops.solve import drift as drift
+from bitwright.ops.solve import factor as factor
+from bitwright.ops.solve import gptq as gptq
+from bitwright.ops.solve import gptq_search as gptq_search
+from bitwright.ops.solve import refine as refine
+from bitwright.ops.sums import column_stats as column_stats
+from bitwright.ops.sums import cross as cross
+from bitwright.ops.sums import energy as energy
+from bitwright.ops.sums import gram as gram
+from bitwright.ops.sums import mirror as mirror
+from bitwright.ops.sums import quadratic as quadratic
+from bitwright.ops.sums import relative_error as relative_error
+from bitwright.ops.threads import available_cpus as available_cpus
+from bitwright.ops.threads import isa as isa
+from bitwright.ops.threads import levels as levels
+from bitwright.ops.threads import resolve_threads as resolve_threads
+from bitwright.ops.threads import set_threads as set_threads
+from bitwright.ops.threads import threads as threads

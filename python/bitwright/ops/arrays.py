@@ -1,0 +1,110 @@
+"""Arrays as the ops take them: contiguous, of one dtype, or refused with a sentence."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from bitwright import _core
+from bitwright.spec import F32, U8, InputError, QTensor, Scheme
+
+BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+
+
+def matrix(what: str, x: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """`x` as a contiguous 2-D array of exactly `dtype`; other dtypes are refused."""
+    array = np.asarray(x)
+    if array.ndim != 2 or array.dtype != np.dtype(dtype):
+        raise InputError(
+            f"[{what}] wanted a 2-D array of {np.dtype(dtype)}, got {array.ndim}-D of {array.dtype}"
+        )
+    return np.ascontiguousarray(array)
+
+
+def vector(what: str, x: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    array = np.asarray(x)
+    if array.ndim != 1 or array.dtype != np.dtype(dtype):
+        raise InputError(
+            f"[{what}] wanted a 1-D array of {np.dtype(dtype)}, got {array.ndim}-D of {array.dtype}"
+        )
+    return np.ascontiguousarray(array)
+
+
+def sum(
+    what: str, x: npt.NDArray[Any], dtype: npt.DTypeLike, shape: tuple[int, ...]
+) -> npt.NDArray[Any]:
+    """`x` itself, an array that an op adds to in place: a converted copy would be lost."""
+    array = np.asarray(x)
+    layout = "" if array.flags.c_contiguous else "strided "
+    layout += "" if array.flags.writeable else "read-only "
+    if array is not x or layout or array.dtype != np.dtype(dtype) or array.shape != shape:
+        raise InputError(
+            f"[{what}] wanted a contiguous, writable array of {np.dtype(dtype)} {shape} to add to, "
+            f"got a {layout}{type(x).__name__} of {array.dtype} {array.shape}"
+        )
+    return array
+
+
+def floats(what: str, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    x = np.asarray(x)
+    if x.ndim != 2 or x.dtype not in (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16):
+        raise InputError(
+            f"[{what}] wanted a 2-D array of float32, float16 or bfloat16, got {x.ndim}-D of "
+            f"{x.dtype}"
+        )
+    return np.ascontiguousarray(x)
+
+
+def bits(what: str, bits: int) -> int:
+    if not 1 <= bits <= 8:
+        raise InputError(f"[{what}] wanted 1 to 8 bits, got {bits}")
+    return bits
+
+
+def fit_settings(
+    scheme: Scheme,
+    k: int,
+    search: bool,
+    power: float = 2.0,
+    zero_span: int = 1,
+    negative: bool = False,
+) -> _core.FitSettings:
+    if not scheme.grid.uniform:
+        raise InputError(f"[ops] wanted a scheme on an integer grid, got {scheme.name}")
+    if k == 0:
+        raise InputError("[ops] wanted a matrix with at least one column, got none")
+    return _core.FitSettings(
+        bits=scheme.bits,
+        group=scheme.columns(k),
+        symmetric=scheme.symmetric,
+        zero_min=scheme.zero_min,
+        scale_grid=scheme.scale,
+        power=power,
+        search=search,
+        zero_span=zero_span,
+        negative=negative,
+    )
+
+
+def parts(what: str, q: QTensor) -> tuple[U8, F32, U8, int]:
+    codes, zeros = matrix(what, q.codes, np.uint8), matrix(what, q.zeros, np.uint8)
+    return codes, matrix(what, q.scales, np.float32), zeros, q.scheme.columns(q.shape[1])
+
+
+def as_numpy(x: Any) -> npt.NDArray[Any]:
+    """A NumPy view of an array or a torch CPU tensor, without a copy; bfloat16 as ml_dtypes'."""
+    if isinstance(x, np.ndarray):
+        return x
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        x = x.detach()
+        if x.dtype == torch.bfloat16:
+            words: npt.NDArray[Any] = x.view(torch.int16).numpy()
+            return words.view(BFLOAT16)
+        array: npt.NDArray[Any] = x.numpy()
+        return array
+    return np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x)

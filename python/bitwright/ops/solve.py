@@ -1,0 +1,158 @@
+"""The solver's verbs: factor, sweep, search, refinement, drift; and AWQ's searches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from bitwright import _core
+from bitwright.ops.arrays import fit_settings, matrix, parts, vector
+from bitwright.spec import F32, F64, U8, InputError, NumericalError, QTensor, Scheme
+
+FEEDBACK_FACTORS: F32 = np.array(
+    [1.0, *(f / 1000 for f in range(1050, 449, -25) if f != 1000)], np.float32
+)
+CLIP_FACTORS: F32 = np.linspace(1.0, 0.5, 21, dtype=np.float32)
+DAMPING_ATTEMPTS = 6
+DAMPING_STEP = 1e-3  # the ladder of damping 0 goes on with ten times this
+
+
+def factor(
+    H: F64,
+    damping: float = 0.01,
+    order: Sequence[int] | npt.NDArray[np.int32] | None = None,
+    dead: npt.NDArray[np.bool_] | None = None,
+) -> tuple[F32, float, int]:
+    """R float32 (k, k), upper triangular, with R R^T = H[order][:, order] + damping mean(diag H) I.
+
+    The mean is over the columns not marked dead; those have nothing but the damping (1 without) on
+    the diagonal. Where a pivot is not positive the damping climbs a ladder, ten times each step
+    (from 0 to .01). Returns R, the relative damping that worked and the steps climbed;
+    NumericalError after the last rung.
+    """
+    H = matrix("factor", H, np.float64)
+    k = H.shape[0]
+    wish = np.arange(k) if order is None else np.asarray(order)
+    columns = wish.astype(np.int32, copy=False) if wish.dtype.kind in "iu" else wish
+    columns = vector("factor", columns, np.int32)
+    dead = np.zeros(k, np.bool_) if dead is None else vector("factor", dead, np.bool_)
+    if H.shape != (k, k) or len(dead) != k or not 0 <= damping < math.inf:
+        raise InputError(
+            f"[factor] wanted H (k, k), dead (k) and damping >= 0, got {H.shape}, {dead.shape} and "
+            f"{damping}"
+        )
+    mean = float(np.diagonal(H)[~dead].mean()) if not dead.all() else 1.0
+    R = np.empty((k, k), np.float32)
+    for rung in range(DAMPING_ATTEMPTS):
+        tried = damping * 10.0**rung if damping or not rung else DAMPING_STEP * 10.0**rung
+        if _core.factor(H, columns, dead.view(np.uint8), tried * mean, R):
+            return R, tried, rung
+    raise NumericalError(
+        f"[factor] H ({k} x {k}) is not positive definite with relative damping {damping:g} to "
+        f"{tried:g}"
+    )
+
+
+def gptq(
+    W: F32, R: F32, order: npt.NDArray[np.int32], scales: F32, zeros: U8, scheme: Scheme
+) -> tuple[QTensor, F64]:
+    """Rounds W (n, k) with error feedback on given scales; R and order as from `factor`.
+
+    Returns the QTensor and the loss of each row (n,), e (H + damping) e^T.
+    """
+    W, R = matrix("gptq", W, np.float32), matrix("gptq", R, np.float32)
+    scales, zeros = matrix("gptq", scales, np.float32), matrix("gptq", zeros, np.uint8)
+    codes, loss = np.empty(W.shape, np.uint8), np.empty(W.shape[0], np.float64)
+    group = scheme.columns(W.shape[1])
+    _core.gptq(
+        W, R, vector("gptq", order, np.int32), scales, zeros, group, scheme.bits, codes, loss
+    )
+    return QTensor(codes, scales, zeros, scheme), loss
+
+
+def gptq_search(
+    W: F32,
+    R: F32,
+    order: npt.NDArray[np.int32],
+    scheme: Scheme,
+    *,
+    factors: F32 = FEEDBACK_FACTORS,
+    zero_span: int = 1,
+    negative: bool = False,
+) -> tuple[QTensor, F64]:
+    """`gptq` with scales and zero points chosen inside the sweep (solver.md 6.3).
+
+    For each row and group the candidate with the least loss after the group's own feedback: scales
+    factor times the one that spans the group's targets, as stored; zero points z0 - zero_span ..
+    z0 + zero_span; negative: scales of either sign where the scheme is symmetric. `order` must keep
+    groups together.
+    """
+    W, R = matrix("gptq_search", W, np.float32), matrix("gptq_search", R, np.float32)
+    n, k = W.shape
+    scales = np.empty((n, scheme.groups(k)), np.float32)
+    zeros = np.empty(scales.shape, np.uint8)
+    codes, loss = np.empty(W.shape, np.uint8), np.empty(n, np.float64)
+    settings = fit_settings(scheme, k, True, zero_span=zero_span, negative=negative)
+    columns = vector("gptq_search", order, np.int32)
+    factors = vector("gptq_search", factors, np.float32)
+    _core.gptq_search(W, R, columns, settings, factors, scales, zeros, codes, loss)
+    return QTensor(codes, scales, zeros, scheme), loss
+
+
+def refine(
+    W: F32,
+    H: F64,
+    q: QTensor,
+    damping: float,
+    dead: npt.NDArray[np.bool_] | None = None,
+    *,
+    pattern: str = "ccclclc",
+    tolerance: float = 1e-4,
+) -> tuple[QTensor, F64]:
+    """`q` with codes (c: coordinate descent) and scales (l: least squares) revised in the order of
+    `pattern`; each step lowers e (H + damping I) e^T, of which what remains of each row (n,) is
+    returned too. damping: absolute. A row rests after a c that, like its last l, gained no more
+    than `tolerance` of its loss.
+    """
+    W, H = matrix("refine", W, np.float32), matrix("refine", H, np.float64)
+    n, k = W.shape
+    dead = np.zeros(k, np.bool_) if dead is None else vector("refine", dead, np.bool_)
+    codes, scales, zeros, _ = parts("refine", q)
+    codes, scales, loss = codes.copy(), scales.copy(), np.empty(n, np.float64)
+    settings = fit_settings(q.scheme, k, False)
+    _core.refine(
+        W, H, dead.view(np.uint8), damping, settings, pattern, tolerance, scales, zeros, codes, loss
+    )
+    return QTensor(codes, scales, zeros, q.scheme), loss
+
+
+def drift(W: F32, C: F64, R: F32, order: npt.NDArray[np.int32]) -> F32:
+    """W C (R R^T)^-1 (n, k): what inputs that drifted by C = (X - X')^T X' / tokens ask of W
+    (solver.md 9). C (k, k) in natural order; R and order as from `factor`."""
+    W, C = matrix("drift", W, np.float32), matrix("drift", C, np.float64)
+    delta = np.empty(W.shape, np.float32)
+    R, columns = matrix("drift", R, np.float32), vector("drift", order, np.int32)
+    _core.drift(W, C, R, columns, delta)
+    return delta
+
+
+def awq_scale(W: F32, H: F64, column_scales: F32, scheme: Scheme) -> F64:
+    """For each row s of column_scales (A, k): tr(E H E^T), E = W - round(W diag(s)) diag(1/s)."""
+    W, H = matrix("awq_scale", W, np.float32), matrix("awq_scale", H, np.float64)
+    column_scales = matrix("awq_scale", column_scales, np.float32)
+    losses = np.empty(len(column_scales), np.float64)
+    _core.awq_scale(W, H, column_scales, fit_settings(scheme, W.shape[1], False), losses)
+    return losses
+
+
+def awq_clip(W: F32, H: F64, scheme: Scheme, factors: F32 = CLIP_FACTORS) -> tuple[F32, U8]:
+    """Scales and zeros (n, G) from the range of each group shrunk to the least e_g H_gg e_g^T."""
+    W, H = matrix("awq_clip", W, np.float32), matrix("awq_clip", H, np.float64)
+    settings = fit_settings(scheme, W.shape[1], False)
+    scales = np.empty((W.shape[0], scheme.groups(W.shape[1])), np.float32)
+    zeros = np.empty(scales.shape, np.uint8)
+    _core.awq_clip(W, H, settings, vector("awq_clip", factors, np.float32), scales, zeros)
+    return scales, zeros

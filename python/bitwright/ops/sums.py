@@ -1,0 +1,82 @@
+"""Sums over tokens and over errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bitwright import _core
+from bitwright.ops.arrays import BFLOAT16, floats, matrix
+from bitwright.ops.arrays import sum as summed
+from bitwright.ops.codes import decode
+from bitwright.spec import F32, F64, InputError, QTensor
+
+
+def gram(X: npt.NDArray[Any], H: F64) -> None:
+    """H += X^T X in place, upper triangle only (see `mirror`). X (t, k): float32, float16,
+    bfloat16.
+    """
+    X = floats("gram", X)
+    H = summed("gram", H, np.float64, (X.shape[1], X.shape[1]))
+    if X.dtype == np.float32:
+        _core.gram_f32(X, H)
+    else:
+        _core.gram_u16(X.view(np.uint16), X.dtype == BFLOAT16, H)
+
+
+def cross(before: npt.NDArray[Any], X: npt.NDArray[Any], C: F64) -> None:
+    """C += (before - X)^T X in place, C (k, k); before and X (t, k) of one dtype, as for `gram`."""
+    before, X = floats("cross", before), floats("cross", X)
+    if before.dtype != X.dtype:
+        raise InputError(f"[cross] wanted both inputs of one dtype, got {before.dtype}, {X.dtype}")
+    C = summed("cross", C, np.float64, (X.shape[1], X.shape[1]))
+    if X.dtype == np.float32:
+        _core.cross_f32(before, X, C)
+    else:
+        words = before.view(np.uint16), X.view(np.uint16)
+        _core.cross_u16(*words, X.dtype == BFLOAT16, C)
+
+
+def mirror(H: F64) -> None:
+    """Copies the upper triangle of H into the lower one, in place."""
+    _core.mirror(summed("mirror", H, np.float64, np.shape(H)[:1] * 2))
+
+
+def column_stats(
+    X: npt.NDArray[Any], absolute: F64, abs_max: F32, minimum: F32, maximum: F32
+) -> None:
+    """Widens per-column sums of |x| and extremes (all (k,), in place) by the rows of X (t, k)."""
+    X = floats("column_stats", X)
+    k = X.shape[1:]
+    summed("column_stats", absolute, np.float64, k)
+    for extreme in (abs_max, minimum, maximum):
+        summed("column_stats", extreme, np.float32, k)
+    if X.dtype == np.float32:
+        _core.column_stats_f32(X, absolute, abs_max, minimum, maximum)
+    else:
+        bf16 = X.dtype == BFLOAT16
+        _core.column_stats_u16(X.view(np.uint16), bf16, absolute, abs_max, minimum, maximum)
+
+
+def quadratic(E: F32, H: F64) -> float:
+    """tr(E H E^T) for E (n, k) and symmetric H (k, k)."""
+    E, H = matrix("quadratic", E, np.float32), matrix("quadratic", H, np.float64)
+    return float(_core.quadratic(E, H))
+
+
+def energy(x: F32) -> float:
+    """Sum of squares of x (n, k), in float64: a float32 sum of millions loses four digits."""
+    return float(np.einsum("ij,ij->", x, x, dtype=np.float64))
+
+
+def relative_error(W: F32, q: QTensor, H: F64 | None = None, size: float | None = None) -> float:
+    """tr(E H E^T) / tr(W H W^T) with E = W - Q; H = I where there is none. 0 for a zero matrix.
+
+    size: tr(W H W^T), where it is known."""
+    E = W - decode(q)
+    error = energy(E) if H is None else quadratic(E, H)
+    if size is None:
+        size = energy(W) if H is None else quadratic(W, H)
+    return error / size if size > 0 else 0.0

@@ -1,0 +1,46 @@
+"""How many threads the ops use."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from bitwright import _core
+from bitwright.spec import InputError
+
+isa = _core.isa
+levels = _core.levels
+threads = _core.threads
+
+
+def available_cpus() -> int:
+    """CPUs this process may use: its affinity mask, less where a cgroup (v2) allows less."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cpus = min(cpus, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass
+    return cpus
+
+
+def resolve_threads(n: int | None = None) -> int:
+    """The threads that n asks for; None: OMP_NUM_THREADS where set, else all available CPUs."""
+    if n is None:
+        wish = os.environ.get("OMP_NUM_THREADS", "")
+        return max(1, int(wish)) if wish.isdigit() else available_cpus()
+    if n < 1:
+        raise InputError(f"[threads] wanted at least 1 thread, got {n}")
+    return n
+
+
+def set_threads(n: int | None = None) -> int:
+    """Sets the threads of every op, as `resolve_threads` says, and returns the number."""
+    n = resolve_threads(n)
+    _core.set_threads(n)
+    return n
+
+
+set_threads()

@@ -1,0 +1,55 @@
+"""gptq with the scale and zero point of each group chosen on the way.
+
+With a_j the feedback of all earlier groups, the group's targets without rounding are u: the
+recursion of gptq.py with q = t, u = w - e. Candidates are those of fit.py for the range of u. Each
+is run through the group's own recursion; the first with the least float32 loss is kept.
+"""
+
+import numpy as np
+
+from ref import fma
+from ref.fit import candidates
+
+
+def inside(w, a, R, s, z, top, fused):
+    """Errors, codes and losses of one group's columns; s None: nothing is rounded."""
+    a, e, loss = a.copy(), np.zeros_like(w), np.zeros(len(w), np.float32)
+    codes = np.zeros(w.shape, np.uint8)
+    for p in range(w.shape[1]):
+        t = w[:, p] + a[:, p] / R[p, p]
+        value = t
+        if s is not None:
+            code = np.clip(np.rint(t / s) + z, 0, top)
+            value, codes[:, p] = (code - z) * s, code
+            residual = R[p, p] * (t - value)
+            loss = loss + residual * residual
+        e[:, p] = w[:, p] - value
+        a[:, p + 1 :] = fma(e[:, p, None], R[p, p + 1 :], a[:, p + 1 :], fused)
+    return e, codes, loss
+
+
+def gptq_search(
+    W, R, order, group, bits, symmetric, zero_min, grid, factors, span, negative, fused
+):
+    (n, k), top = W.shape, np.float32(2**bits - 1)
+    scales, zeros = np.zeros((2, n, -(-k // group)), np.float32)
+    codes, loss, A = np.zeros((n, k), np.uint8), np.zeros(n), np.zeros((n, k), np.float32)
+    first = 0
+    while first < k:
+        g = order[first] // group
+        here = slice(first, first + min(group, k - g * group))
+        w, a, r = W[:, order[here]], A[:, here], R[here, here]
+        u = w - inside(w, a, r, None, None, top, fused)[0]
+        tried = candidates(u, bits, symmetric, zero_min, grid, factors, span, negative, True)
+        losses = [inside(w, a, r, s, z, top, fused)[2] for s, z in tried]
+        best = np.argmin(losses, 0), np.arange(n)
+        s, z = (np.array(part)[best] for part in zip(*tried, strict=True))
+        scales[:, g], zeros[:, g] = s, z
+        e, codes[:, order[here]], lost = inside(w, a, r, s, z, top, fused)
+        loss += lost
+        for p in range(w.shape[1]):
+            A[:, here.stop :] = fma(
+                e[:, p, None], R[first + p, here.stop :], A[:, here.stop :], fused
+            )
+        first = here.stop
+    return codes, scales, zeros.astype(np.uint8), loss
