@@ -27,23 +27,31 @@ from bitwright.spec import InputError, RefusedError, Stats
 class Keeper:
     """Statistics that keep all they saw; H as the formula says."""
 
-    def __init__(self, k: int) -> None:
-        self.k, self.seen = k, []
+    def __init__(self, k: int, heads: int = 0) -> None:
+        self.k, self.heads, self.seen, self.before = k, heads, [], []
 
-    def update(self, x):
+    def update(self, x, drift_from=None):
         assert x.shape[-1] == self.k
-        self.seen.append(x.reshape(-1, self.k).to(torch.float32).numpy().copy())
+        assert not self.heads or len(x) == self.heads
+        shape = (self.heads, -1, self.k) if self.heads else (-1, self.k)
+        for kept, given in ((self.seen, x), (self.before, drift_from)):
+            if given is not None:
+                kept.append(given.reshape(shape).to(torch.float32).numpy().copy())
         return self
 
     def finish(self) -> Stats:
-        X = np.concatenate(self.seen)
+        X = np.concatenate(self.seen, axis=-2)
         if not np.isfinite(X).all():
             raise InputError("[stats] wanted finite inputs, got NaN or infinity")
         W = X.astype(np.float64)
         stats = Stats(
-            len(X), W.T @ W / len(X), *(f(X, 0) for f in (np.mean, np.max, np.min, np.max))
+            X.shape[-2],
+            W.swapaxes(-1, -2) @ W / X.shape[-2],
+            *(f(X, 0) for f in (np.mean, np.max, np.min, np.max)),
         )
         object.__setattr__(stats, "X", X)
+        before = np.concatenate(self.before, axis=-2) if self.before else None
+        object.__setattr__(stats, "before", before)
         return stats
 
 
@@ -100,10 +108,11 @@ def plain(model, arch, ids) -> tuple[list[list[torch.Tensor]], list[torch.Tensor
     return after, logits, {name: np.concatenate(x) for name, x in inputs.items()}
 
 
-def quantize(body, arch, ids, weights, rerun=False, solved=None):
-    """All blocks with `weights` for solutions: hidden states after each, stats by group."""
-    capture = Capture(body, arch, Keeper)
-    hidden = [body.embed(batch) for batch in ids]
+def quantize(body, arch, ids, weights, rerun=False, solved=None, mix=0, streams=1):
+    """All blocks with `weights` for solutions: hidden states after each, stats by group. Of a fused
+    projection the first rows are solved alone, the others stay as they are until then."""
+    capture = Capture(body, arch, Keeper, mix)
+    hidden = [(body.embed(batch),) * streams for batch in ids]
     after, seen = [], {}
     for i in range(body.count):
         prefix = f"{arch.blocks}.{i}."
@@ -112,14 +121,21 @@ def quantize(body, arch, ids, weights, rerun=False, solved=None):
             return {x.name: weights[prefix + x.name] for x in group.linears}
 
         def solve(group, stats, prefix=prefix, solution=solution):
-            seen[prefix + group.linears[0].name] = stats
-            return solution(group)
+            name = prefix + group.linears[0].name
+            if group.rows is None:
+                seen[name] = stats
+                return solution(group)
+            seen[name + ("[v]" if group.inside_attention else "[qk]")] = stats
+            stored = body.get(f"{name}.weight")
+            float_rows = (stored.t() if group.linears[0].transposed else stored).numpy()
+            rows = (solution(group)[group.linears[0].name][: group.rows[1]], float_rows)
+            return {group.linears[0].name: np.concatenate([rows[0], rows[1][group.rows[1] :]])}
 
         def done(group, i=i, solution=solution):
             return solution(group) if solved is not None and solved(i, group) else None
 
         hidden = capture.run_block(i, hidden, solve, done, rerun)
-        after.append(hidden)
+        after.append([h[0] for h in hidden] if streams == 1 else hidden)
         hidden = list(hidden)
     return after, seen, capture
 
@@ -203,6 +219,87 @@ def test_resuming_after_some_groups_changes_nothing(llama, count, rerun):
     assert all(np.array_equal(stats.H, all_seen[name].H) for name, stats in seen.items())
 
 
+@pytest.mark.parametrize("rerun", [False, True])
+def test_two_streams_are_two_plain_runs(case, rerun):
+    """The quantized stream is a plain run with the new weights, the float one with the old ones;
+    both inputs of every linear reach the statistics."""
+    model, arch = case
+    ids = tiny_models.batches()
+    weights = rounded(model, arch)
+    body = skeleton(model)
+    for mix in (0, 3):
+        after, seen, capture = quantize(body, arch, ids, weights, rerun, mix=mix, streams=2)
+        float_after, _, float_inputs = plain(model, arch, ids)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        swap_in(model, arch, weights)
+        want, _, inputs = plain(model, arch, ids)
+        model.load_state_dict(before)
+        assert not capture.notes
+        for streams, quantized, plainly in zip(after, want, float_after, strict=True):
+            assert same([s[0] for s in streams], quantized)
+            assert same([s[1] for s in streams], plainly)
+        for name, stats in seen.items():
+            if stats.X.ndim == 2:
+                assert np.array_equal(stats.X, inputs[name.removesuffix("[qk]")])
+                assert np.array_equal(stats.before, float_inputs[name.removesuffix("[qk]")])
+
+
+@torch.inference_mode()
+def attended(model, arch, ids, every):
+    """Inputs of v in each block, mixed by eager attention's own probabilities, per KV head."""
+    _, _, inputs = plain(model, arch, ids)
+    usual = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        shares = [model(batch, use_cache=False, output_attentions=True).attentions for batch in ids]
+    finally:
+        model.set_attn_implementation(usual)
+    config, mixed = model.config.get_text_config(), {}
+    kv = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    for i in range(len(shares[0])):
+        readers = [x for group in arch.groups for x in group.linears if "attn.v" in x.roles]
+        X = torch.from_numpy(inputs[f"{arch.blocks}.{i}.{readers[0].name}"])
+        parts, first = [], 0
+        for batch, share in zip(ids, shares, strict=True):
+            x = X[first : first + batch.numel()].view(*batch.shape, -1)
+            first += batch.numel()
+            y = torch.einsum("bhqt,btk->bhqk", share[i][:, :, every - 1 :: every], x)
+            y = y.unflatten(1, (kv, -1)).transpose(0, 1)
+            parts.append(y.reshape(kv, -1, y.shape[-1]).double())
+        Y = torch.cat(parts, 1)
+        mixed[i] = (Y.transpose(1, 2) @ Y / Y.shape[1]).numpy()
+    return mixed
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_v_is_measured_on_the_inputs_that_its_attention_mixes(case, every):
+    """H of each KV head, against the model's eager attention with all weights but v's swapped."""
+    model, arch = case
+    ids = tiny_models.batches()
+    weights = rounded(model, arch)
+    _, seen, capture = quantize(skeleton(model), arch, ids, weights, mix=every)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    swap_in(model, arch, weights)
+    want = attended(model, arch, ids, every)
+    model.load_state_dict(before)
+    assert not capture.notes
+    found = [stats.H for stats in seen.values() if stats.X.ndim == 3]
+    assert len(found) == len(want)
+    for H, wanted in zip(found, want.values(), strict=True):
+        pooled = wanted.reshape(len(H), -1, *H.shape[1:]).mean(1)
+        assert np.abs(H - pooled).max() <= 1e-4 * np.abs(pooled).max()
+
+
+def test_unknown_attention_leaves_v_the_plain_gram(llama, monkeypatch):
+    model, arch = llama
+    monkeypatch.setattr(attention, "mix", lambda *_: None)
+    _, seen, capture = quantize(
+        skeleton(model), arch, tiny_models.batches(), rounded(*llama), mix=8
+    )
+    assert all(stats.X.ndim == 2 for stats in seen.values())
+    assert capture.notes == ["v has the plain Gram: model.layers.0 attends in an unknown way"]
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt"])
 def test_bfloat16(name):
     model = tiny_models.make(name)
@@ -282,7 +379,7 @@ def test_an_abort_unwinds_every_parked_batch(llama, at, error):
             raise error
         return {x.name: weights["model.layers.0." + x.name] for x in group.linears}
 
-    hidden = [body.embed(batch) for batch in tiny_models.batches()]
+    hidden = [(body.embed(batch),) * 2 for batch in tiny_models.batches()]
     with pytest.raises(error):
         capture.run_block(0, hidden, solve)
     gc.collect()
@@ -297,7 +394,7 @@ def test_the_list_of_inputs_is_consumed(llama):
     model, arch = llama
     body = skeleton(model)
     weights = rounded(*llama)
-    hidden = [body.embed(batch) for batch in tiny_models.batches()]
+    hidden = [(body.embed(batch),) for batch in tiny_models.batches()]
     Capture(body, arch, Keeper).run_block(
         0,
         hidden,
@@ -315,7 +412,7 @@ def test_parked_bytes_bound_what_is_held(case):
     weights = rounded(model, arch)
     shapes = {name: weight.shape for name, weight in weights.items()}
     plan = parked_bytes(arch, lambda n: shapes[f"{arch.blocks}.0.{n}"], tokens, itemsize=4)
-    hidden = [body.embed(batch) for batch in ids]
+    hidden = [(body.embed(batch),) for batch in ids]
     body.empty()
     held = []
 
@@ -341,9 +438,8 @@ def test_parked_bytes_bound_what_is_held(case):
 def test_activations_that_are_not_finite_name_block_and_linear(llama):
     model, arch = llama
     body = skeleton(model)
-    hidden = [body.embed(batch) for batch in tiny_models.batches()]
-    hidden[1] = hidden[1].clone()
-    hidden[1][0, 3] = np.inf
+    hidden = [(body.embed(batch).clone(),) for batch in tiny_models.batches()]
+    hidden[1][0][0, 3] = np.inf
     with pytest.raises(InputError, match=r"at the input of model\.layers\.0\.self_attn\.q_proj"):
         Capture(body, arch, Keeper).run_block(0, hidden, lambda *_: {})
 
@@ -355,6 +451,6 @@ def test_solutions_for_other_linears_or_of_other_shapes_are_refused(llama):
         ({"mlp.up_proj": np.zeros((64, 32), np.float32)}, "wanted weights of self_attn.q_proj"),
         ({"self_attn.q_proj": np.zeros((32, 31), np.float32)}, r"of shape \(32, 32\)"),
     ):
-        hidden = [body.embed(batch) for batch in tiny_models.batches()]
+        hidden = [(body.embed(batch),) for batch in tiny_models.batches()]
         with pytest.raises(InputError, match=said):
             Capture(body, arch, Keeper).run_block(0, hidden, lambda *_, answer=answer: answer)

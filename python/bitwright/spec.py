@@ -12,7 +12,7 @@ squared output error summed over the outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -155,11 +155,24 @@ class QTensor:
         return value
 
 
+def stacked(parts: Sequence[QTensor]) -> QTensor:
+    """The rows of several matrices of one scheme, below each other."""
+    if len(parts) == 1:
+        return parts[0]
+    codes, scales, zeros = (
+        np.concatenate([getattr(q, name) for q in parts]) for name in ("codes", "scales", "zeros")
+    )
+    return QTensor(codes, scales, zeros, parts[0].scheme)
+
+
 @dataclass(frozen=True, eq=False)
 class Stats:
     """What calibration learned about the input of a group of linears. k = input columns.
 
-    H: float64 (k, k) = X^T X / tokens, or None where only the column statistics were asked for.
+    H: float64 (k, k) = X^T X / tokens, or None where only the column statistics were asked for; or
+    (B, k, k), one for each of B equal blocks of rows (v: one per KV head, of the inputs that its
+    attention mixes). C, of H's shape: (X_float - X)^T X / tokens, how the inputs drifted from those
+    of the float model; None where that was not asked for. tokens: rows of X (for each block).
     mean_abs, abs_max, minimum, maximum: float32 (k,).
     """
 
@@ -169,6 +182,7 @@ class Stats:
     abs_max: F32
     minimum: F32
     maximum: F32
+    C: F64 | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,12 +212,13 @@ class Group:
 
     norm: the norm whose output they read and whose gain can absorb column scales (None: no such
     norm). inside_attention: solved after q and k, while the batch is parked in the attention
-    function.
+    function. rows: the only rows meant of its one, fused, linear (first, end); None: all.
     """
 
     linears: tuple[Linear, ...]
     norm: str | None = None
     inside_attention: bool = False
+    rows: tuple[int, int] | None = None
 
     @property
     def label(self) -> str:
@@ -249,7 +264,10 @@ class Report:
     method: what was applied; fallback: why it is not what was asked for ("" if it is).
     damping: relative to the mean of H's diagonal; rung: steps climbed on the damping ladder.
     error_rtn, error: tr(E H E^T) / tr(W H W^T) of plain rounding and of the result (without
-    calibration: H = I). awq: exponent of the column scales, None where they were not searched.
+    calibration: H = I), E relative to the target that was solved for; error_swept: of the result
+    before refinement, None where there was none. alpha: share of the drift in that target, None
+    where inputs were not compared. heads: H of so many blocks of rows, 0: one for all. awq:
+    exponent of the column scales, None where they were not searched.
     """
 
     name: str
@@ -265,6 +283,9 @@ class Report:
     dead: int = 0
     fallback: str = ""
     awq: float | None = None
+    error_swept: float | None = None
+    alpha: float | None = None
+    heads: int = 0
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
 
@@ -290,13 +311,15 @@ class Recipe:
     """The whole wish. Text fields are checked against the registries by `recipe.check`.
 
     scheme: "int4-g64", ...; method: "rtn" | "gptq" | "awq" | "awq+gptq"; overrides: first match
-    wins; options: keywords for the solver (damping, ...); samples, length: calibration windows and
+    wins; effort: "fast" | "default" | "max", named options of the solver; options: its keywords one
+    by one (damping, ...), before those of the effort; samples, length: calibration windows and
     tokens in each; seed: order of samples drawn from a list or a data set.
     """
 
     scheme: str = "int4-g64"
     method: str = "gptq"
     format: str = "compressed-tensors"
+    effort: str = "default"
     overrides: tuple[Override, ...] = ()
     options: Mapping[str, float | int | str | bool] = field(default_factory=dict)
     samples: int = 128

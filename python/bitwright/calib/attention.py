@@ -7,6 +7,10 @@ eager function runs with eager's mask. Probabilities are not returned: frames wo
 
 Whoever holds the door (`watching`) sees each call before the probabilities are formed and gives
 back the `value` to use.
+
+`mix` forms what v's rows are really multiplied with. Head h of query q puts out W_v sum_t a_qt x_t,
+so for the rows of a KV head the input is the mixed y = sum_t a_qt x_t, over the queries and the
+query heads that share it (solver.md 0, finding 1). A sample of the queries is enough.
 """
 
 from __future__ import annotations
@@ -65,6 +69,37 @@ def register() -> str:
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     return NAME
+
+
+def mix(call: Call, x: torch.Tensor, every: int, most: int) -> torch.Tensor | None:
+    """Inputs x (B, L, k) of v mixed by the attention of every `every`th query: (pools, rows, k),
+    rows = B * heads per pool * queries. A pool is one KV head, or as many neighbours as leave no
+    more than `most` pools. None where the call has what this does not know (attention sinks).
+    """
+    if call.options.get("s_aux") is not None or call.options.get("position_bias") is not None:
+        return None
+    batch, heads, length, width = call.query.shape
+    kv = call.key.shape[1]
+    at = torch.arange(every - 1, length, every) if length >= every else torch.arange(length)
+    query = call.query[:, :, at].reshape(batch, kv, heads // kv * len(at), width)
+    scaling = call.options.get("scaling")
+    scores = (query @ call.key.transpose(2, 3)).float()
+    scores *= width**-0.5 if scaling is None else scaling
+    cap = call.options.get("softcap")
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    scores = scores.view(batch, kv, heads // kv, len(at), call.key.shape[2])
+    if call.mask is None:
+        scores.masked_fill_(torch.arange(length) > at[:, None], -torch.inf)
+    else:
+        mask = call.mask[:, :, at, : call.key.shape[2]].unsqueeze(2)
+        scores = (
+            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        )
+    share = scores.softmax(-1).to(x.dtype).reshape(batch, -1, scores.shape[-1])
+    mixed = (share @ x).view(batch, kv, -1, x.shape[-1])
+    pools = max(n for n in range(1, min(kv, most) + 1) if kv % n == 0)
+    return mixed.transpose(0, 1).reshape(pools, -1, x.shape[-1])
 
 
 def _mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:

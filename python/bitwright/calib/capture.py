@@ -10,10 +10,17 @@ solved, its weights are swapped in, and all batches go on: one forward per batch
 nothing is parked: the block runs again for each group and is cut off there (memory for time). Both
 give the same bits.
 
+Streams. A batch is a tuple of hidden states: what the quantized model makes of its tokens, and,
+where a solver asks for the drift of its inputs, what the float model makes of them. Both streams
+park at the same places, each with its own weights, and the statistics get both inputs.
+
 v is solved after q and k but read before attention runs, so it parks inside the attention function
 (`calib.attention`): its hook keeps the input x, and after the solve `value` is computed again from
 x through the same view. That needs `value` to be a view of linear(x); where it is not, v parks at
-its own hook and a note says so. Where v reads what q and k read, their statistics serve again.
+its own hook and a note says so. Its statistics are those of the attention-mixed inputs of each KV
+head (`attention.mix`) where the solver asks for them (`mix`), of a fused projection in two steps,
+the rows of q and k first; else, where v reads what q and k read, theirs serve again. KV heads are
+pooled where their matrices would take more memory than those of the block's widest input.
 
 One inference_mode around the hub and none inside: it belongs to the thread, and all greenlets
 share one. Whatever ends a run early (an error, Ctrl-C) is thrown into every parked greenlet and
@@ -22,25 +29,24 @@ unwinds it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet  # type: ignore[import-untyped]
 from torch import nn
 
 from bitwright.calib import attention
 from bitwright.calib.memory import BATCHES_PER_TRIM, trim
-from bitwright.calib.skeleton import Skeleton, as_tensor
+from bitwright.calib.skeleton import Skeleton, value_rows
 from bitwright.calib.walk import first
+from bitwright.calib.weights import BlockWeights, Weights
 from bitwright.spec import Arch, Group, InputError, RefusedError, Stats
 
-Weights = Mapping[str, npt.NDArray[np.float32]]
+Streams = tuple[torch.Tensor, ...]
 Solve = Callable[[Group, Stats], Weights]
 Done = Callable[[Group], Weights | None]
 
@@ -48,7 +54,7 @@ Done = Callable[[Group], Weights | None]
 class Collector(Protocol):
     """What `calib.stats.StatsCollector` does."""
 
-    def update(self, x: Any) -> Any: ...
+    def update(self, x: Any, drift_from: Any = None) -> Any: ...
     def finish(self) -> Stats: ...
 
 
@@ -71,67 +77,89 @@ class _Waiting:
 
 
 @dataclass(eq=False)
-class _Batch:
+class _Stream:
+    """One stream of a batch; quantized: it runs with the solved weights."""
+
     hidden: torch.Tensor
+    quantized: bool
     waiting: _Waiting | None = None
     run: greenlet | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Arrival:
+    """The input of a group; heads > 0: mixed, one matrix of rows per KV head."""
+
+    x: torch.Tensor
+    heads: int = 0
 
 
 class Capture:
     """Runs the blocks of a skeleton for an architecture.
 
-    collector: makes the statistics of k columns (`StatsCollector`, or a partial of it).
+    collector: makes the statistics of k columns, for a number of heads (0: one matrix). mix: v's
+    statistics are those of its attention-mixed inputs, of every `mix`th query; 0: they are not.
     notes: what a report should say about how the statistics were taken.
     """
 
     def __init__(
-        self, skeleton: Skeleton, arch: Arch, collector: Callable[[int], Collector]
+        self,
+        skeleton: Skeleton,
+        arch: Arch,
+        collector: Callable[[int, int], Collector],
+        mix: int = 0,
     ) -> None:
-        self.skeleton, self.arch, self.collector = skeleton, arch, collector
+        self.skeleton, self.arch, self.collector, self.mix = skeleton, arch, collector, mix
         self.inside = True
         self.notes: list[str] = []
+
+    def stages(self, i: int) -> tuple[Group, ...]:
+        """The groups of block i in the order in which they are solved: a fused q, k, v is two."""
+        found: list[Group] = []
+        for group in self.arch.groups:
+            roles = group.linears[0].roles
+            if not self.mix or len(group.linears) > 1 or not {"attn.q", "attn.v"} <= set(roles):
+                found.append(group)
+                continue
+            linear = group.linears[0]
+            shape = self.skeleton.slots[f"{self.skeleton.path(i)}.{linear.name}.weight"].meta.shape
+            rows = shape[1] if linear.transposed else shape[0]
+            cut = rows - value_rows(self.skeleton, rows)
+            found.append(replace(group, rows=(0, cut)))
+            found.append(replace(group, rows=(cut, rows), inside_attention=True))
+        return tuple(found)
 
     def run_block(
         self,
         i: int,
-        hidden: list[torch.Tensor],
+        hidden: list[Streams],
         solve: Solve,
         done: Done | None = None,
         rerun: bool = False,
-    ) -> list[torch.Tensor]:
-        """Block i on all batches (B, L, h), solved group by group; returns its outputs.
+    ) -> list[Streams]:
+        """Block i on all batches, of streams (B, L, h), solved group by group; returns its outputs.
 
         The list `hidden` is emptied, so that each input is freed as soon as its batch is through.
         solve: group, statistics over all batches -> dense weights (n, k) by linear name, those that
         replace the float ones. done: the same for a group that is finished already, or None.
         InputError: NaN or infinity at the input of a linear.
         """
-        batches = [_Batch(h) for h in hidden]
+        batches = [
+            tuple(_Stream(h, quantized=n == 0) for n, h in enumerate(streams)) for streams in hidden
+        ]
         hidden.clear()
         with torch.inference_mode(), self.skeleton.block(i):
-            finished = set()
-            for g, group in enumerate(self.arch.groups):
+            run = _Run(self, i, batches, rerun)
+            for g, group in enumerate(run.groups):
                 weights = done(group) if done is not None else None
                 if weights is not None:
-                    self._swap(i, group, weights)
-                    finished.add(g)
-            run = _Run(self, i, batches, finished, rerun)
+                    run.weights.solved(group, weights)
+                    run.finished.add(g)
             with run.hooked():
-                for g, group in enumerate(self.arch.groups):
-                    if g not in finished:
-                        self._swap(i, group, solve(group, run.reach(g)))
+                for g, group in enumerate(run.groups):
+                    if g not in run.finished:
+                        run.weights.solved(group, solve(group, run.reach(g)))
                 return run.finish()
-
-    def _swap(self, i: int, group: Group, weights: Weights) -> None:
-        linears = {linear.name: linear for linear in group.linears}
-        for name, weight in weights.items():
-            if name not in linears:
-                raise InputError(
-                    f"[capture] wanted weights of {', '.join(linears)}, got weights of {name}"
-                )
-            tensor = as_tensor(weight)
-            tensor = tensor.t() if linears[name].transposed else tensor
-            self.skeleton.put(f"{self.skeleton.path(i)}.{name}.weight", tensor)
 
 
 class _Run:
@@ -139,16 +167,19 @@ class _Run:
     before it, and of finished ones, let them pass."""
 
     def __init__(
-        self, capture: Capture, i: int, batches: list[_Batch], finished: set[int], rerun: bool
+        self, capture: Capture, i: int, batches: list[tuple[_Stream, ...]], rerun: bool
     ) -> None:
-        self.capture, self.i, self.batches, self.finished = capture, i, batches, finished
+        self.capture, self.i, self.batches = capture, i, batches
         self.block = capture.skeleton.blocks[i]
         self.path = capture.skeleton.path(i)
-        self.groups = capture.arch.groups
+        self.groups = capture.stages(i)
+        self.pools = self._most_pools()
+        self.weights = BlockWeights(capture.skeleton, self.path, any(len(b) > 1 for b in batches))
+        self.finished: set[int] = set()
         self.rerun = rerun
         self.hub = getcurrent()
         self.stage, self.advances = 0, 0
-        self.now = batches[0] if batches else None
+        self.now = batches[0][0] if batches else None
         self.before: tuple[int, torch.Tensor, Stats] | None = None
 
     @contextmanager
@@ -177,14 +208,15 @@ class _Run:
         for n, batch in enumerate(self.batches):
             if shared is not None and self.rerun:
                 break
-            x = self._advance(batch)
+            arrivals = [self._advance(stream) for stream in reversed(batch)]
+            arrived = arrivals.pop()
             if n == 0:
-                shared = self._shared(g, x, before)
-                collector = self.capture.collector(x.shape[-1])
-                head = x
+                shared = self._shared(g, arrived, before)
+                collector = self.capture.collector(arrived.x.shape[-1], arrived.heads)
+                head = arrived.x
             if collector is not None and shared is None:
-                collector.update(x)
-            del x
+                collector.update(arrived.x, arrivals[0].x if arrivals else None)
+            del arrived, arrivals
         if collector is None:
             raise InputError("[capture] wanted at least one calibration batch, got none")
         stats = self._stats(g, collector) if shared is None else shared
@@ -193,26 +225,28 @@ class _Run:
         trim()
         return stats
 
-    def finish(self) -> list[torch.Tensor]:
+    def finish(self) -> list[Streams]:
         """Bring every batch through the block; its outputs."""
         self.stage = len(self.groups)
         outputs = []
         while self.batches:
-            outputs.append(self._advance(self.batches[0]))
+            arrivals = [self._advance(stream).x for stream in reversed(self.batches[0])]
+            outputs.append(tuple(reversed(arrivals)))
             del self.batches[0]
         trim()
         return outputs
 
-    def _advance(self, batch: _Batch) -> torch.Tensor:
-        """The batch's input at the group of this stage; after the last one, the block's output."""
-        self.now = batch
+    def _advance(self, stream: _Stream) -> _Arrival:
+        """A stream's input at the group of this stage; after the last one, the block's output."""
+        self.now = stream
+        self.weights.use(stream.quantized)
         while True:
             try:
-                x, at = self._rerun(batch) if self.rerun else self._resume(batch)
+                arrived, at = self._rerun(stream) if self.rerun else self._resume(stream)
                 break
             except _NotAView:
                 self._stay_outside()
-                batch.waiting = batch.run = None
+                stream.waiting = stream.run = None
         if at != self.stage:
             raise RefusedError(
                 f"[capture] wanted {self.path} to run {self._label(self.stage)} next, "
@@ -221,38 +255,39 @@ class _Run:
         self.advances += 1
         if self.advances % BATCHES_PER_TRIM == 0:
             trim()
-        return x
-
-    def _resume(self, batch: _Batch) -> tuple[torch.Tensor, int]:
-        if batch.run is None:
-            batch.run = greenlet(self._forward)
-            arrived: tuple[torch.Tensor, int] = batch.run.switch(batch)
-        else:
-            arrived = batch.run.switch()
         return arrived
 
-    def _rerun(self, batch: _Batch) -> tuple[torch.Tensor, int]:
-        batch.waiting = None
-        try:
-            return self._forward(batch)
-        except _Cut as cut:
-            x, at = cut.args
-            return x, at
+    def _resume(self, stream: _Stream) -> tuple[_Arrival, int]:
+        if stream.run is None:
+            stream.run = greenlet(self._forward)
+            arrived: tuple[_Arrival, int] = stream.run.switch(stream)
+        else:
+            arrived = stream.run.switch()
+        return arrived
 
-    def _forward(self, batch: _Batch) -> tuple[torch.Tensor, int]:
-        call = self.capture.skeleton.call(self.i, batch.hidden)
-        out = first(self.block(batch.hidden, *call.args, **call.kwargs))
-        if batch.waiting is not None:
+    def _rerun(self, stream: _Stream) -> tuple[_Arrival, int]:
+        stream.waiting = None
+        try:
+            return self._forward(stream)
+        except _Cut as cut:
+            arrived, at = cut.args
+            return arrived, at
+
+    def _forward(self, stream: _Stream) -> tuple[_Arrival, int]:
+        call = self.capture.skeleton.call(self.i, stream.hidden)
+        out = first(self.block(stream.hidden, *call.args, **call.kwargs))
+        if stream.waiting is not None:
             raise _NotAView
-        return out, len(self.groups)
+        return _Arrival(out), len(self.groups)
 
     def _shared(
-        self, g: int, x: torch.Tensor, before: tuple[int, torch.Tensor, Stats] | None
+        self, g: int, arrived: _Arrival, before: tuple[int, torch.Tensor, Stats] | None
     ) -> Stats | None:
         """The statistics of the group just solved, if this one reads the same input."""
         if before is None or before[0] != g - 1 or not self.groups[g].inside_attention:
             return None
-        same = before[1].shape == x.shape and torch.equal(before[1], x)
+        x = arrived.x
+        same = not arrived.heads and before[1].shape == x.shape and torch.equal(before[1], x)
         return before[2] if same else None
 
     def _stats(self, g: int, collector: Collector) -> Stats:
@@ -270,12 +305,22 @@ class _Run:
             )
 
     def _abandon(self) -> None:
-        for batch in self.batches:
-            if batch.run is not None and not batch.run.dead:
-                batch.run.throw(GreenletExit)
+        for stream in (stream for batch in self.batches for stream in batch):
+            if stream.run is not None and not stream.run.dead:
+                stream.run.throw(GreenletExit)
 
     def _label(self, g: int) -> str:
         return self.groups[g].label if g < len(self.groups) else "its end"
+
+    def _most_pools(self) -> int:
+        """Matrices that v may have: as much memory as the one of the block's widest input."""
+        slots = self.capture.skeleton.slots
+        widths = {}
+        for group in self.groups:
+            shape = slots[f"{self.path}.{group.linears[0].name}.weight"].meta.shape
+            widths[group] = int(shape[0] if group.linears[0].transposed else shape[1])
+        values = [k for group, k in widths.items() if group.inside_attention]
+        return max(1, max(widths.values()) ** 2 // max(values, default=1) ** 2)
 
     # the batch's side
 
@@ -285,7 +330,7 @@ class _Run:
         if inside and self.capture.inside:
             self.now.waiting = _Waiting(g, module, args[0])
         else:
-            self._park(g, args[0])
+            self._park(g, _Arrival(args[0]))
 
     def _leave(self, module: nn.Module, _args: tuple[Any, ...], out: torch.Tensor) -> None:
         waiting = self.now.waiting if self.now is not None else None
@@ -300,15 +345,25 @@ class _Run:
         if value.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
             raise _NotAView
         self.now.waiting = None
-        self._park(waiting.group, waiting.x)
+        self._park(waiting.group, self._mixed(call, waiting.x))
         again: torch.Tensor = waiting.linear.forward(waiting.x)
         if again.stride() != y.stride() or again.storage_offset() != y.storage_offset():
             raise _NotAView
         return again.as_strided(value.size(), value.stride(), value.storage_offset())
 
-    def _park(self, g: int, x: torch.Tensor) -> None:
+    def _mixed(self, call: attention.Call, x: torch.Tensor) -> _Arrival:
+        if not self.capture.mix:
+            return _Arrival(x)
+        mixed = attention.mix(call, x, self.capture.mix, self.pools)
+        if mixed is not None:
+            return _Arrival(mixed, len(mixed))
+        self.capture.mix = 0
+        self.capture.notes.append(f"v has the plain Gram: {self.path} attends in an unknown way")
+        return _Arrival(x)
+
+    def _park(self, g: int, arrived: _Arrival) -> None:
         if self.now is not None and self.now.waiting is not None and self.now.waiting.group < g:
             raise _NotAView
         if self.rerun:
-            raise _Cut(x, g)
-        self.hub.switch((x, g))
+            raise _Cut(arrived, g)
+        self.hub.switch((arrived, g))

@@ -61,6 +61,14 @@ def longest_window(skeleton: Skeleton) -> int:
     return int(getattr(config, "max_position_embeddings", 0) or 0)
 
 
+def value_rows(skeleton: Skeleton, rows: int) -> int:
+    """How many of the rows of a fused q, k, v projection are v's: the last ones."""
+    config = skeleton.model.config.get_text_config()
+    heads = int(config.num_attention_heads)
+    kv = int(getattr(config, "num_key_value_heads", None) or heads)
+    return rows * kv // (heads + 2 * kv)
+
+
 class Skeleton:
     """The model of a checkpoint, empty until filled.
 
@@ -113,6 +121,12 @@ class Skeleton:
         for name in self.under(prefix):
             slot = self.slots[name]
             slot.table[slot.key] = slot.meta
+
+    def get(self, name: str) -> torch.Tensor:
+        """The weight `name` as it is now: real where it was filled or put."""
+        slot = self.slots[name]
+        tensor: torch.Tensor = slot.table[slot.key]
+        return tensor
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Use `tensor` as the weight `name`, in the dtype of the forward, until it is emptied."""

@@ -1,7 +1,8 @@
 """Sums over the calibration tokens of one linear input: H = X^T X / tokens and column statistics.
 
-H is normalised by the token count, once, here. Products are float32, sums over 512 tokens too,
-above that double (csrc/ops/stats.cpp), so the result does not drift with the number of tokens.
+H, and the drift matrix C where two inputs are given, are normalised by the token count, once, here.
+Products are float32, sums over 512 tokens too, above that double (csrc/ops/stats.cpp), so the
+result does not drift with the number of tokens.
 """
 
 from __future__ import annotations
@@ -9,36 +10,57 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from bitwright import ops
-from bitwright.spec import InputError, Stats
+from bitwright.spec import F64, InputError, Stats
 
 
 class StatsCollector:
     """Collects `Stats` of inputs with k columns.
 
     update(x): a NumPy array or torch CPU tensor (..., k) of float32, float16 or bfloat16; leading
-    dimensions are tokens; not copied when contiguous. finish(): the Stats; InputError when no token
-    came or a value was NaN or infinite. hessian=False leaves H out (column statistics only).
+    dimensions are tokens; not copied when contiguous. update(x, drift_from): x is what became of
+    the inputs `drift_from` (same shape), and C = (drift_from - x)^T x / tokens is kept too. heads:
+    x is (heads, ..., k), and each head has its own H and C. finish(): the Stats; InputError when no
+    token came or a value was NaN or infinite. hessian=False: column statistics only.
     """
 
-    def __init__(self, k: int, hessian: bool = True) -> None:
-        self.k, self.tokens = k, 0
-        self._H = np.zeros((k, k)) if hessian else None
+    def __init__(self, k: int, heads: int = 0, *, hessian: bool = True) -> None:
+        self.k, self.heads, self.tokens = k, heads, 0
+        shape = (heads, k, k) if heads else (k, k)
+        self._H = np.zeros(shape) if hessian else None
+        self._C: F64 | None = None
         self._absolute = np.zeros(k)
         self._abs_max = np.zeros(k, np.float32)
         self._minimum = np.full(k, np.inf, np.float32)
         self._maximum = np.full(k, -np.inf, np.float32)
 
-    def update(self, x: Any) -> StatsCollector:
+    def _rows(self, x: Any) -> npt.NDArray[Any]:
         X = ops.as_numpy(x)
-        if X.ndim == 0 or X.shape[-1] != self.k:
-            raise InputError(f"[stats] wanted inputs with {self.k} columns, got shape {X.shape}")
-        X = np.ascontiguousarray(X).reshape(-1, self.k)
-        ops.column_stats(X, self._absolute, self._abs_max, self._minimum, self._maximum)
+        wrong_heads = self.heads and (X.ndim < 2 or X.shape[0] != self.heads)
+        if X.ndim == 0 or X.shape[-1] != self.k or wrong_heads:
+            head = f" of {self.heads} heads" if self.heads else ""
+            raise InputError(
+                f"[stats] wanted inputs{head} with {self.k} columns, got shape {X.shape}"
+            )
+        return np.ascontiguousarray(X).reshape(max(self.heads, 1), -1, self.k)
+
+    def update(self, x: Any, drift_from: Any = None) -> StatsCollector:
+        X = self._rows(x)
+        before = None if drift_from is None else self._rows(drift_from)
+        if before is not None and before.shape != X.shape:
+            raise InputError(f"[stats] wanted {X.shape} inputs to drift from, got {before.shape}")
+        flat = X.reshape(-1, self.k)
+        ops.column_stats(flat, self._absolute, self._abs_max, self._minimum, self._maximum)
         if self._H is not None:
-            ops.gram(X, self._H)
-        self.tokens += len(X)
+            if before is not None and self._C is None:
+                self._C = np.zeros_like(self._H)
+            for head in range(len(X)):
+                ops.gram(X[head], self._H.reshape(-1, self.k, self.k)[head])
+                if before is not None and self._C is not None:
+                    ops.cross(before[head], X[head], self._C.reshape(-1, self.k, self.k)[head])
+        self.tokens += X.shape[1]
         return self
 
     def finish(self) -> Stats:
@@ -50,7 +72,11 @@ class StatsCollector:
                 f"[stats] wanted finite inputs, got NaN or infinity in column {column}"
             )
         if self._H is not None:
-            ops.mirror(self._H)
+            for H in self._H.reshape(-1, self.k, self.k):
+                ops.mirror(H)
             self._H /= self.tokens
-        mean_abs = (self._absolute / self.tokens).astype(np.float32)
-        return Stats(self.tokens, self._H, mean_abs, self._abs_max, self._minimum, self._maximum)
+        if self._C is not None:
+            self._C /= self.tokens
+        mean_abs = (self._absolute / (self.tokens * max(self.heads, 1))).astype(np.float32)
+        extremes = (self._abs_max, self._minimum, self._maximum)
+        return Stats(self.tokens, self._H, mean_abs, *extremes, C=self._C)
