@@ -41,11 +41,13 @@ void decode(In<std::uint8_t> codes, In<float> scales, In<std::uint8_t> zeros, In
             Out<float> w);
 
 // H += X^T X over the rows of X (t, k): float32 products and sums over 512 rows, double above.
-// Only the upper triangle is kept up; mirror() completes it. u16: bf16 or fp16 words.
+// Only the upper triangle is kept up; mirror() completes it. u16: bf16 or fp16 words. Where the
+// machine has a product of bf16 pairs (level avx512bf16), bf16 words use it: the products are exact
+// all the same, the order and rounding of their sums is the instruction's.
 void gram_f32(In<float> x, Out<double> h);
 void gram_u16(In<std::uint16_t> x, bool bf16, Out<double> h);
 void mirror(Out<double> h);
-// C += (before - X)^T X, all of it, in the same precision: how the inputs `before` drifted to X.
+// C += before^T X, all of it, in the same precision.
 void cross_f32(In<float> before, In<float> x, Out<double> c);
 void cross_u16(In<std::uint16_t> before, In<std::uint16_t> x, bool bf16, Out<double> c);
 // Per column of X: absolute += sum |x|; abs_max, minimum, maximum are widened.

@@ -5,6 +5,12 @@
 #define BITWRIGHT_STRING_(x) #x
 #define BITWRIGHT_STRING(x) BITWRIGHT_STRING_(x)
 
+#if defined(__AVX512BF16__)
+#define BITWRIGHT_BF16_DOT(name) name
+#else
+#define BITWRIGHT_BF16_DOT(name) nullptr
+#endif
+
 namespace bitwright::BITWRIGHT_ISA_NAME {
 
 static_assert(kNrF32 % kMrF32 == 0 && kNrF64 % kMrF64 == 0, "a tile must not straddle two panels");
@@ -13,7 +19,9 @@ extern const Table kTable;
 const Table kTable = {
     BITWRIGHT_STRING(BITWRIGHT_ISA_NAME), kMrF32, kNrF32, kMrF64, kNrF64,
 #define KERNEL(name, arguments) name,
+#define KERNEL_OR_NULL(name, arguments) BITWRIGHT_BF16_DOT(name),
 #include "kernels/kernels.def"
+#undef KERNEL_OR_NULL
 #undef KERNEL
 };
 

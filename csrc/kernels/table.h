@@ -12,14 +12,18 @@ struct Table {
   const char* isa;
   int mr_f32, nr_f32, mr_f64, nr_f64;
 #define KERNEL(name, arguments) void(*name) arguments;
+#define KERNEL_OR_NULL KERNEL
 #include "kernels/kernels.def"
+#undef KERNEL_OR_NULL
 #undef KERNEL
 };
 
 #ifdef BITWRIGHT_ISA_NAME
 namespace BITWRIGHT_ISA_NAME {
 #define KERNEL(name, arguments) void name arguments;
+#define KERNEL_OR_NULL KERNEL
 #include "kernels/kernels.def"
+#undef KERNEL_OR_NULL
 #undef KERNEL
 }  // namespace BITWRIGHT_ISA_NAME
 #endif

@@ -60,7 +60,7 @@ class RefinePanel {
   }
 
   // One sweep of coordinate descent.
-  void descend(In<float> h) {
+  void descend(const float* diagonal) {
     std::fill(gain_.get(), gain_ + nr_, 0.0F);
     for (Index first = 0; first < k_; first += kBlock) {
       const Index columns = std::min(kBlock, k_ - first);
@@ -71,8 +71,8 @@ class RefinePanel {
       }
       DescentBlock b{};
       b.columns = columns;
-      b.h = h.data() + first * h.outerStride() + first;
-      b.ldh = h.outerStride();
+      b.h = diagonal + first * kBlock;
+      b.ldh = kBlock;
       b.scale = scale;
       b.zero = zero;
       b.max_code = top_;
@@ -173,17 +173,6 @@ class RefinePanel {
   std::vector<bool> resting_[2];
 };
 
-RowMajor<float> damped(In<double> h, InVec<std::uint8_t> dead, double damping) {
-  const float alone = damping > 0.0 ? static_cast<float>(damping) : 1.0F;
-  RowMajor<float> out(h.rows(), h.cols());
-  parallel_for(h.rows(), [&](Index i) {
-    for (Index j = 0; j < h.cols(); ++j)
-      out(i, j) = dead[i] || dead[j] ? (i == j ? alone : 0.0F)
-                                     : static_cast<float>(h(i, j) + (i == j ? damping : 0.0));
-  });
-  return out;
-}
-
 }  // namespace
 
 void refine(In<float> w, In<double> h, InVec<std::uint8_t> dead, double damping,
@@ -210,15 +199,24 @@ void refine(In<float> w, In<double> h, InVec<std::uint8_t> dead, double damping,
     for (Index j = 0; j < k; ++j)
       require(codes(i, j) <= options.max_code, "[refine] codes must be at most ", options.max_code,
               ", got code ", int{codes(i, j)}, " at (", i, ", ", j, ")");
-  const RowMajor<float> hd = damped(h, dead, damping);
+  const double alone = damping > 0.0 ? damping : 1.0;
+  const auto damped = [&](Index i, Index j) {
+    if (dead[i] || dead[j]) return static_cast<float>(i == j ? alone : 0.0);
+    return static_cast<float>(h(i, j) + (i == j ? damping : 0.0));
+  };
   for (Index i = 0; i < k; ++i)
-    require(hd(i, i) > 0.0F, "[refine] H must have a positive diagonal, got ", hd(i, i), " at ", i);
-  const LeftSlices left(k, k, [&](Index p, Index i) { return hd(p, i); });
+    require(damped(i, i) > 0.0F, "[refine] H must have a positive diagonal, got ", damped(i, i),
+            " at ", i);
+  const LeftSlices left(k, k, damped);
+  Buffer<float> diagonal(k * kBlock, true);  // of the blocks of a descent
+  for (Index i = 0; i < k; ++i)
+    for (Index j = i / kBlock * kBlock; j < std::min(k, (i / kBlock + 1) * kBlock); ++j)
+      diagonal[i * kBlock + j % kBlock] = damped(i, j);
   parallel_for(ceil_div(n, nr), [&](Index panel) {
     RefinePanel rows(w, scales, zeros, codes, settings.group, settings.bits, options.grid, left,
                      panel * nr);
     for (const char pass : pattern) {
-      pass == 'c' ? rows.descend(hd) : rows.rescale();
+      pass == 'c' ? rows.descend(diagonal.get()) : rows.rescale();
       if (!rows.go_on(pass == 'l', tolerance)) break;
     }
     rows.finish(panel * nr, scales, codes, loss);

@@ -112,7 +112,9 @@ void gptq_search(In<float> w, In<float> r, InVec<std::int32_t> order, const FitS
       zeros(panel.sweep.row() + lane, g) = static_cast<std::uint8_t>(panel.best_zero[lane]);
     }
   };
-  sweep(n, sweep_blocks(r, group_starts(k, group, order)), loss, make, step);
+  const std::vector<SweepBlock> blocks =
+      sweep_blocks(k, group_starts(k, group, order), [&](Index p, Index i) { return r(p, i); });
+  sweep(n, blocks, loss, make, step);
 }
 
 }  // namespace bitwright

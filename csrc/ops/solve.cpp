@@ -39,10 +39,10 @@ void gptq(In<float> w, In<float> r, InVec<std::int32_t> order, In<float> scales,
   require_codes("gptq", n, k, group, scales, zeros);
   require_scales("gptq", scales);
   require_sweep("gptq", w, r, order, bits, codes, loss);
-  std::vector<Index> starts;
-  for (Index b = 0; b < k; b += kBlock) starts.push_back(b);
   const auto make = [&](Index row) { return Panel(w, r, order, scales, zeros, row); };
-  sweep(n, sweep_blocks(r, starts), loss, make, [&](Panel& panel, const SweepBlock& block) {
+  const std::vector<SweepBlock> blocks =
+      sweep_blocks(k, even_starts(k, kBlock), [&](Index p, Index i) { return r(p, i); });
+  sweep(n, blocks, loss, make, [&](Panel& panel, const SweepBlock& block) {
     const float *scale[kBlock], *zero[kBlock];
     for (Index p = 0; p < block.columns; ++p) {
       const Index at = order[block.first + p] / group * panel.sweep.nr();

@@ -1,7 +1,9 @@
-// What calibration sums over the tokens. Gram: the rows go in chunks of 512 into column panels of
-// float32 (16-bit inputs are widened there); each tile of products is one float32 chain over the
-// chunk and is added to H in double, so the error does not grow with the number of tokens.
+// What calibration sums over the tokens. Gram and cross: the rows go in chunks of 512 into column
+// panels (16-bit inputs are widened there, or stay bf16 where the machine multiplies it); each tile
+// of products is one float32 chain over the chunk and is added to H in double, so the error does
+// not grow with the number of tokens.
 #include <algorithm>
+#include <type_traits>
 
 #include "core/half.h"
 #include "core/parallel.h"
@@ -21,80 +23,117 @@ struct Widen {
   static float one(std::uint16_t x, bool bf16) { return bf16 ? from_bf16(x) : from_fp16(x); }
 };
 
-template <class T>
-void fill_panels(In<T> x, bool bf16, Index first, Index rows, float* panels) {
-  const Index k = x.cols(), nr = table().nr_f32;
-  parallel_for(ceil_div(k, nr), [&](Index panel) {
-    float* to = panels + panel * rows * nr;
-    const Index begin = panel * nr, width = std::min(nr, k - begin);
+// A chunk of rows as column panels: [panel][row][nr] floats, or, where the instruction set
+// multiplies bf16, [panel][pair of rows][nr] words of two bf16.
+struct Floats {
+  using Word = float;
+  static Index depth(Index rows) { return rows; }
+  static void tile(Index depth, const float* a, const float* b, float* c) {
+    table().tile_f32(depth, a, table().nr_f32, b, c, table().nr_f32);
+  }
+  template <class T>
+  static void fill(In<T> x, bool bf16, Index first, Index rows, Index begin, Index width,
+                   float* to) {
+    const Index nr = table().nr_f32;
     for (Index t = 0; t < rows; ++t, to += nr) {
       const T* from = x.data() + (first + t) * x.outerStride() + begin;
       for (Index j = 0; j < width; ++j) to[j] = Widen::one(from[j], bf16);
       std::fill(to + width, to + nr, 0.0F);
     }
+  }
+};
+
+struct Pairs {
+  using Word = std::uint32_t;
+  static Index depth(Index rows) { return ceil_div(rows, 2); }
+  static void tile(Index depth, const std::uint32_t* a, const std::uint32_t* b, float* c) {
+    table().tile_bf16(depth, a, table().nr_f32, b, c, table().nr_f32);
+  }
+  static void fill(In<std::uint16_t> x, bool, Index first, Index rows, Index begin, Index width,
+                   std::uint32_t* to) {
+    const Index nr = table().nr_f32;
+    for (Index t = 0; t < rows; t += 2, to += nr) {
+      const std::uint16_t* low = x.data() + (first + t) * x.outerStride() + begin;
+      const std::uint16_t* high = low + x.outerStride();
+      const bool both = t + 1 < rows;
+      for (Index j = 0; j < width; ++j)
+        to[j] = low[j] | (both ? static_cast<std::uint32_t>(high[j]) << 16 : 0U);
+      std::fill(to + width, to + nr, 0U);
+    }
+  }
+};
+
+template <class Layout, class T>
+void fill_panels(In<T> x, bool bf16, Index first, Index rows, typename Layout::Word* panels) {
+  const Index k = x.cols(), nr = table().nr_f32;
+  parallel_for(ceil_div(k, nr), [&](Index panel) {
+    Layout::fill(x, bf16, first, rows, panel * nr, std::min(nr, k - panel * nr),
+                 panels + panel * Layout::depth(rows) * nr);
   });
 }
 
-// h[row0 .. row1) of one column panel += left^T right; both are panels [columns][rows][nr].
-void add_tiles(const float* left, const float* right, Index rows, Index k, Index row0, Index row1,
-               Index panel, Out<double> h) {
-  const Table& kernel = table();
-  const Index nr = kernel.nr_f32, mr = kernel.mr_f32, column = panel * nr;
+// h[row0 .. row1) of one column panel += left^T right; both are panels.
+template <class Layout>
+void add_tiles(const typename Layout::Word* left, const typename Layout::Word* right, Index depth,
+               Index k, Index row0, Index row1, Index panel, Out<double> h) {
+  const Index nr = table().nr_f32, mr = table().mr_f32, column = panel * nr;
   Buffer<float> c(mr * nr);
   for (Index i = row0; i < row1; i += mr) {
     std::fill(c.get(), c + mr * nr, 0.0F);
-    kernel.tile_f32(rows, left + (i / nr) * rows * nr + i % nr, nr, right + panel * rows * nr,
-                    c.get(), nr);
+    Layout::tile(depth, left + (i / nr) * depth * nr + i % nr, right + panel * depth * nr, c.get());
     for (Index a = 0; a < std::min(mr, k - i); ++a)
       for (Index b = 0; b < std::min(nr, k - column); ++b)
         h(i + a, column + b) += static_cast<double>(c[a * nr + b]);
   }
 }
 
-// h += left^T right over one chunk; only what lies on and above the diagonal where `upper`.
-void add_chunk(const float* left, const float* right, Index rows, Index k, bool upper,
-               Out<double> h) {
-  const Index nr = table().nr_f32, panels = ceil_div(k, nr);
+// h += before^T x, chunk by chunk; of x alone (before null) only the upper triangle.
+template <class Layout, class T>
+void add_products(const Eigen::Ref<const RowMajor<T>>* before, In<T> x, bool bf16, Out<double> h) {
+  const Index k = x.cols(), nr = table().nr_f32, panels = ceil_div(k, nr);
+  const Index most = Layout::depth(std::min(kChunk, x.rows())) * panels * nr;
+  Buffer<typename Layout::Word> right(most), left(before == nullptr ? 0 : most);
   const Index across = ceil_div(panels, kPanelsPerTask), down = ceil_div(k, kRowsPerTask);
-  parallel_for(across * down, [&](Index task) {
-    const Index row0 = task % down * kRowsPerTask, panel0 = task / down * kPanelsPerTask;
-    const Index row1 = std::min(k, row0 + kRowsPerTask);
-    for (Index p = panel0; p < std::min(panels, panel0 + kPanelsPerTask); ++p)
-      add_tiles(left, right, rows, k, row0, upper ? std::min(row1, (p + 1) * nr) : row1, p, h);
-  });
+  for (Index first = 0; first < x.rows(); first += kChunk) {
+    const Index rows = std::min(kChunk, x.rows() - first), depth = Layout::depth(rows);
+    fill_panels<Layout, T>(x, bf16, first, rows, right.get());
+    if (before != nullptr) fill_panels<Layout, T>(*before, bf16, first, rows, left.get());
+    const typename Layout::Word* other = before == nullptr ? right.get() : left.get();
+    parallel_for(across * down, [&](Index task) {
+      const Index row0 = task % down * kRowsPerTask, panel0 = task / down * kPanelsPerTask;
+      const Index row1 = std::min(k, row0 + kRowsPerTask);
+      for (Index p = panel0; p < std::min(panels, panel0 + kPanelsPerTask); ++p)
+        add_tiles<Layout>(other, right.get(), depth, k, row0,
+                          before == nullptr ? std::min(row1, (p + 1) * nr) : row1, p, h);
+    });
+  }
+}
+
+template <class T>
+void products(const Eigen::Ref<const RowMajor<T>>* before, In<T> x, bool bf16, Out<double> h) {
+  if constexpr (std::is_same_v<T, std::uint16_t>) {
+    if (bf16 && table().tile_bf16 != nullptr)
+      return add_products<Pairs, std::uint16_t>(before, x, bf16, h);
+  }
+  add_products<Floats, T>(before, x, bf16, h);
 }
 
 template <class T>
 void gram(In<T> x, bool bf16, Out<double> h) {
-  const Index k = x.cols(), nr = table().nr_f32, panels = ceil_div(k, nr);
+  const Index k = x.cols();
   require(h.rows() == k && h.cols() == k, "[gram] H must be ", k, " x ", k, " to match X (",
           x.rows(), " x ", k, "), got ", h.rows(), " x ", h.cols());
-  Buffer<float> data(std::min(kChunk, x.rows()) * panels * nr);
-  for (Index first = 0; first < x.rows(); first += kChunk) {
-    const Index rows = std::min(kChunk, x.rows() - first);
-    fill_panels<T>(x, bf16, first, rows, data.get());
-    add_chunk(data.get(), data.get(), rows, k, true, h);
-  }
+  products<T>(nullptr, x, bf16, h);
 }
 
 template <class T>
 void cross(In<T> before, In<T> x, bool bf16, Out<double> c) {
-  const Index k = x.cols(), nr = table().nr_f32, panels = ceil_div(k, nr);
+  const Index k = x.cols();
   require(before.rows() == x.rows() && before.cols() == k, "[cross] both inputs must be ", x.rows(),
           " x ", k, ", got ", before.rows(), " x ", before.cols());
   require(c.rows() == k && c.cols() == k, "[cross] C must be ", k, " x ", k, " to match X (",
           x.rows(), " x ", k, "), got ", c.rows(), " x ", c.cols());
-  const Index most = std::min(kChunk, x.rows()) * panels * nr;
-  Buffer<float> left(most), right(most);
-  for (Index first = 0; first < x.rows(); first += kChunk) {
-    const Index rows = std::min(kChunk, x.rows() - first);
-    fill_panels<T>(before, bf16, first, rows, left.get());
-    fill_panels<T>(x, bf16, first, rows, right.get());
-    parallel_for(panels, [&](Index p) {
-      for (Index i = p * rows * nr; i < (p + 1) * rows * nr; ++i) left[i] -= right[i];
-    });
-    add_chunk(left.get(), right.get(), rows, k, false, c);
-  }
+  products<T>(&before, x, bf16, c);
 }
 
 template <class T>

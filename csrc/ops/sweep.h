@@ -19,16 +19,22 @@ struct SweepBlock {
   LeftSlices left;  // rows 0 .. first + columns of R
 };
 
-inline std::vector<SweepBlock> sweep_blocks(In<float> r, const std::vector<Index>& starts) {
+// r(p, i): entries of an upper triangular k x k matrix; starts: first columns of the blocks.
+template <class At>
+std::vector<SweepBlock> sweep_blocks(Index k, const std::vector<Index>& starts, const At& r) {
   std::vector<SweepBlock> blocks;
   for (std::size_t b = 0; b < starts.size(); ++b) {
-    const Index first = starts[b];
-    const Index end = b + 1 < starts.size() ? starts[b + 1] : r.cols();
-    blocks.push_back({first, end - first, LeftSlices(end, end - first, [&](Index p, Index i) {
-                        return r(p, first + i);
-                      })});
+    const Index first = starts[b], end = b + 1 < starts.size() ? starts[b + 1] : k;
+    const auto at = [&](Index p, Index i) { return r(p, first + i); };
+    blocks.push_back({first, end - first, LeftSlices(end, end - first, at)});
   }
   return blocks;
+}
+
+inline std::vector<Index> even_starts(Index k, Index block) {
+  std::vector<Index> starts;
+  for (Index b = 0; b < k; b += block) starts.push_back(b);
+  return starts;
 }
 
 class SweepPanel {

@@ -75,8 +75,9 @@ class StatsCollector:
             for H in self._H.reshape(-1, self.k, self.k):
                 ops.mirror(H)
             self._H /= self.tokens
-        if self._C is not None:
+        if self._C is not None and self._H is not None:
             self._C /= self.tokens
+            self._C -= self._H
         mean_abs = (self._absolute / (self.tokens * max(self.heads, 1))).astype(np.float32)
         extremes = (self._abs_max, self._minimum, self._maximum)
         return Stats(self.tokens, self._H, mean_abs, *extremes, C=self._C)

@@ -27,7 +27,7 @@ def gram(X: npt.NDArray[Any], H: F64) -> None:
 
 
 def cross(before: npt.NDArray[Any], X: npt.NDArray[Any], C: F64) -> None:
-    """C += (before - X)^T X in place, C (k, k); before and X (t, k) of one dtype, as for `gram`."""
+    """C += before^T X in place, C (k, k); before and X (t, k) of one dtype, as for `gram`."""
     before, X = floats("cross", before), floats("cross", X)
     if before.dtype != X.dtype:
         raise InputError(f"[cross] wanted both inputs of one dtype, got {before.dtype}, {X.dtype}")
