@@ -36,10 +36,12 @@ PYBIND11_MODULE(_core, m) {
 
   py::register_local_exception_translator(&translate);
 
+  py::class_<Grid>(m, "Grid").def(py::init<int, std::vector<float>, std::vector<float>>(),
+                                  arg("bits"), arg("levels"), arg("middles"));
   py::class_<FitSettings>(m, "FitSettings")
-      .def(py::init<int, Index, bool, int, std::string, double, bool, int, bool>(), arg("bits"),
-           arg("group"), arg("symmetric"), arg("zero_min"), arg("scale_grid"), arg("power"),
-           arg("search"), arg("zero_span"), arg("negative"));
+      .def(py::init<Grid, Index, bool, int, std::string, float, double, bool, int, bool>(),
+           arg("grid"), arg("group"), arg("symmetric"), arg("zero_min"), arg("scale_grid"),
+           arg("global_scale"), arg("power"), arg("search"), arg("zero_span"), arg("negative"));
 
   m.def("isa", [] { return std::string(table().isa); });
   m.def("levels", &levels);
@@ -50,10 +52,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("unpack", &unpack, as_is("words"), arg("bits"), as_is("codes"), Free());
   m.def("fit", &fit, as_is("w"), as_is("weight"), arg("settings"), as_is("factors"),
         as_is("scales"), as_is("zeros"), Free());
-  m.def("encode", &encode, as_is("w"), as_is("scales"), as_is("zeros"), arg("group"), arg("bits"),
+  m.def("encode", &encode, as_is("w"), as_is("scales"), as_is("zeros"), arg("group"), arg("grid"),
         as_is("codes"), Free());
   m.def("decode", &decode, as_is("codes"), as_is("scales"), as_is("zeros"), arg("group"),
-        as_is("w"), Free());
+        arg("grid"), as_is("w"), Free());
   m.def("gram_f32", &gram_f32, as_is("x"), as_is("h"), Free());
   m.def("gram_u16", &gram_u16, as_is("x"), arg("bf16"), as_is("h"), Free());
   m.def("cross_f32", &cross_f32, as_is("before"), as_is("x"), as_is("c"), Free());
@@ -66,7 +68,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("factor", &factor, as_is("h"), as_is("order"), as_is("dead"), arg("damping"), as_is("r"),
         Free());
   m.def("gptq", &gptq, as_is("w"), as_is("r"), as_is("order"), as_is("scales"), as_is("zeros"),
-        arg("group"), arg("bits"), as_is("codes"), as_is("loss"), Free());
+        arg("group"), arg("grid"), as_is("codes"), as_is("loss"), Free());
   m.def("gptq_search", &gptq_search, as_is("w"), as_is("r"), as_is("order"), arg("settings"),
         as_is("factors"), as_is("scales"), as_is("zeros"), as_is("codes"), as_is("loss"), Free());
   m.def("refine", &refine, as_is("w"), as_is("h"), as_is("dead"), arg("damping"), arg("settings"),

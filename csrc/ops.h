@@ -1,23 +1,33 @@
 // The C++ table of contents: every op, its contract, its formula. Matrices are row-major, W is (n,
 // k) = (out, in); `group` columns share a scale, G = ceil(k / group); value w = (code - zero) *
-// scale. Each op has a plain NumPy twin of the same name in tests/ref. Errors are
-// std::invalid_argument; W, E, H and R are refused unless finite and at most 2^56, scales unless
-// not 0.
+// scale, or of a table level * scale. Each op has a plain NumPy twin of the same name in tests/ref.
+// Errors are std::invalid_argument; W, E, H and R are refused unless finite and at most 2^56,
+// scales unless not 0.
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "core/view.h"
 
 namespace bitwright {
 
+// A number format: integers of `bits` bits around a zero point, or a table of levels (ascending, at
+// most 2^bits) where code i stands for levels[i] and the zero point is 0. A value above middles[i]
+// takes level i + 1 or a higher one.
+struct Grid {
+  int bits = 4;
+  std::vector<float> levels, middles;
+};
+
 // How scales and zero points of a group are chosen; see FitOptions in kernels/types.h.
 struct FitSettings {
-  int bits = 4;
+  Grid grid;
   Index group = 128;
   bool symmetric = true;
   int zero_min = 0;
-  std::string scale_grid = "bf16";  // "bf16" | "fp16" | "fp32"
+  std::string scale_grid = "bf16";  // "bf16" | "fp16" | "fp32" | "e8m0" | "e4m3"
+  float global_scale = 1.0F;        // scales are stored values divided by it
   double power = 2.0;               // 2 or 2.4
   bool search = false;              // try start * factors, else absmax / min-max as they are
   int zero_span = 1;                // search, asymmetric: zero points z0 - span .. z0 + span
@@ -34,11 +44,11 @@ void unpack(In<std::uint32_t> words, int bits, Out<std::uint8_t> codes);
 void fit(In<float> w, InVec<float> weight, const FitSettings& settings, InVec<float> factors,
          Out<float> scales, Out<std::uint8_t> zeros);
 // code = clamp(rint(w / scale) + zero, 0, 2^b - 1), ties to even.
-void encode(In<float> w, In<float> scales, In<std::uint8_t> zeros, Index group, int bits,
+void encode(In<float> w, In<float> scales, In<std::uint8_t> zeros, Index group, const Grid& grid,
             Out<std::uint8_t> codes);
-// w = (code - zero) * scale.
+// w = (code - zero) * scale, or levels[code] * scale.
 void decode(In<std::uint8_t> codes, In<float> scales, In<std::uint8_t> zeros, Index group,
-            Out<float> w);
+            const Grid& grid, Out<float> w);
 
 // H += X^T X over the rows of X (t, k): float32 products and sums over 512 rows, double above.
 // Only the upper triangle is kept up; mirror() completes it. u16: bf16 or fp16 words. Where the
@@ -47,7 +57,8 @@ void decode(In<std::uint8_t> codes, In<float> scales, In<std::uint8_t> zeros, In
 void gram_f32(In<float> x, Out<double> h);
 void gram_u16(In<std::uint16_t> x, bool bf16, Out<double> h);
 void mirror(Out<double> h);
-// C += before^T X, all of it, in the same precision.
+// C += (before - X)^T X, all of it, in the same precision (bf16 pairs: of the difference, too): how
+// the inputs `before` drifted to X.
 void cross_f32(In<float> before, In<float> x, Out<double> c);
 void cross_u16(In<std::uint16_t> before, In<std::uint16_t> x, bool bf16, Out<double> c);
 // Per column of X: absolute += sum |x|; abs_max, minimum, maximum are widened.
@@ -56,26 +67,26 @@ void column_stats_f32(In<float> x, OutVec<double> absolute, OutVec<float> abs_ma
 void column_stats_u16(In<std::uint16_t> x, bool bf16, OutVec<double> absolute,
                       OutVec<float> abs_max, OutVec<float> minimum, OutVec<float> maximum);
 
-// R upper triangular with R R^T = H[order, order] + damping I, computed in double (solver.md 3.2).
-// Columns marked dead have nothing but the damping (1 without) on the diagonal. false: a pivot was
-// not positive.
+// R upper triangular with R R^T = H[order, order] + damping I, computed in double
+// (docs/solver.md 3.2). Columns marked dead have nothing but the damping (1 without) on the
+// diagonal. false: a pivot was not positive.
 bool factor(In<double> h, InVec<std::int32_t> order, InVec<std::uint8_t> dead, double damping,
             Out<float> r);
-// Inverse-free GPTQ with fixed scales (solver.md 3.3): columns in `order`, R from factor().
+// Inverse-free GPTQ with fixed scales (docs/solver.md 3.3): columns in `order`, R from factor().
 // loss (n): sum over columns of (R_kk (t_k - q_k))^2 = e (H + damping) e^T of each row.
 void gptq(In<float> w, In<float> r, InVec<std::int32_t> order, In<float> scales,
-          In<std::uint8_t> zeros, Index group, int bits, Out<std::uint8_t> codes,
+          In<std::uint8_t> zeros, Index group, const Grid& grid, Out<std::uint8_t> codes,
           OutVec<double> loss);
 
-// The same with scales and zero points chosen inside the sweep (solver.md 6.3): for each group, the
-// candidate of `fit`, from the range of the group's targets u = w + a R_gg^-1, with the least loss
-// after the group's own feedback. Groups must be whole in `order`, which lists each one's columns
-// together.
+// The same with scales and zero points chosen inside the sweep (docs/solver.md 6.3): for each
+// group, the candidate of `fit`, from the range of the group's targets u = w + a R_gg^-1, with the
+// least loss after the group's own feedback. Groups must be whole in `order`, which lists each
+// one's columns together.
 void gptq_search(In<float> w, In<float> r, InVec<std::int32_t> order, const FitSettings& settings,
                  InVec<float> factors, Out<float> scales, Out<std::uint8_t> zeros,
                  Out<std::uint8_t> codes, OutVec<double> loss);
-// Revises codes and scales in place after the sweep (solver.md 7): minimises e H_d e^T of each row,
-// H_d = H + damping I (dead columns as in factor), by passes in the order of `pattern`: c
+// Revises codes and scales in place after the sweep (docs/solver.md 7): minimises e H_d e^T of each
+// row, H_d = H + damping I (dead columns as in factor), by passes in the order of `pattern`: c
 // coordinate descent over codes, l least squares over scales, each step taken only where it gains.
 // A row rests after a c that, like its last l, gained no more than `tolerance` of its loss; loss
 // (n) is what remains.
@@ -83,8 +94,8 @@ void refine(In<float> w, In<double> h, InVec<std::uint8_t> dead, double damping,
             const FitSettings& settings, const std::string& pattern, double tolerance,
             Out<float> scales, In<std::uint8_t> zeros, Out<std::uint8_t> codes,
             OutVec<double> loss);
-// delta (n, k) = W C (R R^T)^-1, columns in natural order (solver.md 9): W + alpha delta is the
-// target that makes up for inputs which drifted, C = (X - X') X'^T / tokens.
+// delta (n, k) = W C (R R^T)^-1, columns in natural order (docs/solver.md 9): W + alpha delta is
+// the target that makes up for inputs which drifted, C = (X - X') X'^T / tokens.
 void drift(In<float> w, In<double> c, In<float> r, InVec<std::int32_t> order, Out<float> delta);
 
 // tr(E H E^T), float32 products, double sums over rows.

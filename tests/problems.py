@@ -55,9 +55,14 @@ def random_codes(n: int, k: int, s: Scheme, *seed: object) -> tuple[np.ndarray, 
     """Codes, scales on the scheme's grid, zero points."""
     g = rng("codes", n, k, s.name, *seed)
     G = s.groups(k)
-    codes = g.integers(0, 2**s.bits, (n, k), dtype=np.uint8)
+    codes = g.integers(0, len(s.grid.values), (n, k), dtype=np.uint8)
     scales = np.ldexp(g.integers(128, 256, (n, G)), -14).astype(np.float32)
-    zeros = np.full((n, G), 2 ** (s.bits - 1), np.uint8)
+    if s.scale == "e8m0":
+        scales = np.exp2(g.integers(-9, -4, (n, G))).astype(np.float32)
+    if s.scale == "e4m3":  # over a global scale of 2^12
+        scales = np.ldexp(g.integers(8, 15, (n, G)), -12).astype(np.float32)
+        scales[0, 0] = np.ldexp(448, -12)
+    zeros = np.full((n, G), 2 ** (s.bits - 1) if s.grid.uniform else 0, np.uint8)
     if not s.symmetric:
         zeros = g.integers(s.zero_min, 2**s.bits, (n, G), dtype=np.uint8)
     return codes, scales, zeros

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from bitwright import ops
+from bitwright import _core, ops
 from bitwright.calib.stats import StatsCollector
+from bitwright.ops import codes, solve, sums
 from problems import inputs, threads
 from test_boundary import CASES, INPUTS, OUTPUTS, K, X, same
 
@@ -37,10 +38,14 @@ class Recorder:
         return run if name in dir(self.core) and name != "FitSettings" else function
 
 
-@pytest.mark.parametrize(("op", "name"), [*INPUTS, *OUTPUTS])
+REVISED = {("refine", "codes"), ("refine", "scales")}  # what comes back is a revised copy
+
+
+@pytest.mark.parametrize(("op", "name"), sorted({*INPUTS, *OUTPUTS} - REVISED))
 def test_contiguous_arrays_arrive_without_a_copy(op: str, name: str, monkeypatch: Any) -> None:
-    core = Recorder(ops._core)
-    monkeypatch.setattr(ops, "_core", core)
+    core = Recorder(_core)
+    for module in (codes, solve, sums):
+        monkeypatch.setattr(module, "_core", core)
     x = {**CASES[op].arrays, **(CASES[op].sums or {})}[name].copy()
     CASES[op](**{name: x})
     assert any(np.shares_memory(x, seen) for seen in core.seen)
@@ -93,7 +98,7 @@ def tiny():
     return [bool((x * 1 != 0).all()) for x in (*arrays, *tensors)] + [5e-324 * 1.0 != 0.0]
 before = tiny()
 import bitwright
-from bitwright import ops
+from bitwright import _core, ops
 ops.set_threads(3)
 ops.gram(np.ones((600, 70), np.float32), np.zeros((70, 70)))
 assert before == tiny() == [True] * 5, (before, tiny())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from itertools import product
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -17,13 +18,19 @@ from problems import random_codes, rng, scheme
 
 GRIDS = sorted(schemes.grids().values(), key=lambda grid: grid.bits)
 UNIFORM = [grid for grid in GRIDS if grid.uniform]
+TABLES = [grid for grid in GRIDS if not grid.uniform]
 SCALES = np.array([2.0**-14, 0.00123, 0.75, 1.0, 3.1415925, 65280.0], np.float32)
 WHERE = (-1, 0, 1, 3, 32, 64, 128, 4096)
 
 
 def names() -> list[str]:
-    every = product(GRIDS, WHERE, (True, False))
-    return [Scheme(grid, group, symmetric).name for grid, group, symmetric in every]
+    every = product(GRIDS, WHERE, (True, False), ("bf16", "fp16", "fp32", "e8m0", "e4m3"))
+    schemes_there_are = [
+        Scheme(grid, group, symmetric, scale)
+        for grid, group, symmetric, scale in every
+        if (symmetric or grid.uniform) and not (group == -1 and scale == "e4m3")
+    ]
+    return [s.name for s in schemes_there_are]
 
 
 def test_every_grid_module_lists_grids_under_their_names() -> None:
@@ -118,7 +125,9 @@ UNKNOWN = [
     "int4",
     "int9-g64",
     "int0-g64",
-    "fp4-g32",
+    "fp5-g32",
+    "mxfp5",
+    "int4-g64-e5m2",
     "int4-g0",
     "int4-g-1",
     "int4-g064",
@@ -138,10 +147,65 @@ UNKNOWN += ["int4-row", "int4-g6٤", "int٤-g64", "int4-g64\n"]  # digits of ano
 @pytest.mark.parametrize("name", UNKNOWN, ids=repr)
 def test_unknown_scheme_names_are_refused_with_the_list(name: str) -> None:
     with pytest.raises(
-        RefusedError, match=r"wanted <grid>-g<group>, .*int1, int2.*int8; got"
+        RefusedError, match=r"wanted <grid>-g<group>, .*int1, int2.*int8.*; got"
     ) as error:
         schemes.parse(name)
     assert repr(name) in str(error.value)
+
+
+def test_short_names_and_what_tables_cannot_have() -> None:
+    assert schemes.parse("mxfp4") == schemes.parse("fp4-g32-e8m0")
+    assert schemes.parse("nvfp4") == schemes.parse("fp4-g16-e4m3")
+    assert schemes.parse("mxfp4").bits_per_weight(64, 64) == 4 + 8 / 32
+    assert schemes.parse("nvfp4").bits_per_weight(64, 64) == 4 + 8 / 16 + 32 / 4096
+    with pytest.raises(RefusedError, match="nf4 is a table without zero points"):
+        schemes.parse("nf4-g64-asym")
+    with pytest.raises(RefusedError, match="e4m3 scales want groups or channels"):
+        schemes.parse("fp4-tensor-e4m3")
+
+
+@pytest.mark.parametrize("grid", TABLES, ids=lambda g: g.name)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_tables_round_to_the_nearest_level(grid: Grid, sign: int) -> None:
+    """Every code comes back, ties go to a level an even number of levels from 0, ends saturate."""
+    levels = np.float32(grid.values)
+    s, scale = Scheme(grid, 0), np.full((1, 1), sign * 0.25, np.float32)
+    codes, zero = np.arange(len(levels), dtype=np.uint8)[None], np.zeros((1, 1), np.uint8)
+    q = QTensor(codes, scale, zero, s)
+    assert np.array_equal(ops.decode(q), q.dequantize())
+    assert np.array_equal(ops.encode(q.dequantize(), scale, zero, s).codes, codes)
+    middles = ((levels[:-1] + levels[1:]) / 2)[None]
+    even = (np.arange(len(levels)) - grid.values.index(0.0)) % 2 == 0
+    upper = np.arange(1, len(levels))
+    want = np.where(even[1:], upper, upper - 1)
+    assert np.array_equal(ops.encode(middles * scale, scale, zero, s).codes[0], want)
+    for towards, code in ((np.inf, upper), (-np.inf, upper - 1)):
+        beside = np.nextafter(middles, np.float32(towards)) * scale
+        assert np.array_equal(ops.encode(beside, scale, zero, s).codes[0], code)
+    ends = np.float32([[1e9, -1e9, np.inf, -np.inf, 0.0, -0.0]]) * sign
+    middle, last = grid.values.index(0.0), len(levels) - 1
+    assert ops.encode(ends, scale, zero, s).codes.tolist() == [[last, 0, last, 0, middle, middle]]
+
+
+def test_fp4_is_e2m1() -> None:
+    every = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    assert sorted(set(every.tolist())) == list(schemes.grids()["fp4"].values)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_scales_of_hardware_formats_are_numbers_of_theirs(name: str) -> None:
+    s, W = schemes.parse(name), rng(name).normal(size=(20, 96)).astype(np.float32)
+    scales, zeros = ops.fit(W, s)
+    q = ops.encode(W, scales, zeros, s)
+    stored = scales * np.float32(q.global_scale)
+    kind = ml_dtypes.float8_e8m0fnu if name == "mxfp4" else ml_dtypes.float8_e4m3fn
+    assert np.allclose(stored.astype(kind).astype(np.float32), stored, rtol=1e-6)
+    largest = np.abs(W).reshape(20, -1, s.group).max(2)
+    if name == "mxfp4":  # OCP MX 1.0: the exponent of the largest, less that of 4
+        assert np.array_equal(scales, np.exp2(np.floor(np.log2(largest)) - 2))
+    else:
+        assert stored.max() == 448.0
+        assert np.abs(scales * 6 / largest - 1).max() <= 2.0**-4
 
 
 @pytest.mark.parametrize("package", registry.PACKAGES)

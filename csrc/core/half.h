@@ -16,6 +16,14 @@ inline float from_bf16(std::uint16_t word) {
   return as_float(static_cast<std::uint32_t>(word) << 16);
 }
 
+// Ties to even; NaN stays NaN.
+inline std::uint16_t to_bf16(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if ((bits & 0x7FFFFFFFU) > 0x7F800000U) return static_cast<std::uint16_t>(bits >> 16 | 0x40U);
+  return static_cast<std::uint16_t>((bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16);
+}
+
 // Exponent and mantissa are shifted into place and 2^112 corrects the bias, subnormals included.
 inline float from_fp16(std::uint16_t word) {
   const std::uint32_t sign = static_cast<std::uint32_t>(word & 0x8000U) << 16;

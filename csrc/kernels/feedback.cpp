@@ -1,5 +1,6 @@
-// The inner block of the inverse-free GPTQ sweep (solver.md 3.3), one row per lane: nothing but
-// elementwise work and one multiply-add chain per later column, in ascending column order.
+// The inner block of the inverse-free GPTQ sweep (docs/solver.md 3.3), one row per lane: nothing
+// but elementwise work and one multiply-add chain per later column, in ascending column order.
+#include "kernels/rounding.h"
 #include "kernels/simd.h"
 #include "kernels/table.h"
 
@@ -7,9 +8,8 @@ namespace bitwright::BITWRIGHT_ISA_NAME {
 
 namespace {
 
-template <bool kOpen>
+template <bool kOpen, bool kTable>
 inline void sweep(const FeedbackBlock& block) {
-  const VF top = broadcast<VF>(block.max_code), bottom = {};
   VF loss[kVectors];
   for (int v = 0; v < kVectors; ++v) loss[v] = load<VF>(block.loss + v * kF32);
   for (std::int64_t p = 0; p < block.columns; ++p) {
@@ -23,11 +23,11 @@ inline void sweep(const FeedbackBlock& block) {
       VF value = target;
       if (!kOpen) {
         const VF s = load<VF>(block.scale[p] + v * kF32), z = load<VF>(block.zero[p] + v * kF32);
-        const VF code = minimum(maximum(rint(target / s) + z, bottom), top);
-        value = (code - z) * s;
+        const Rounded nearest = to_grid<kTable>(target / s, z, block.max_code, block.levels);
+        value = nearest.level * s;
         const VF residual = pivot * (target - value);
         loss[v] = loss[v] + residual * residual;
-        store(block.codes + at, __builtin_convertvector(code, VI));
+        store(block.codes + at, __builtin_convertvector(nearest.code, VI));
       }
       error[v] = w - value;
       store(block.e + at, error[v]);
@@ -46,9 +46,11 @@ inline void sweep(const FeedbackBlock& block) {
 
 void feedback(const FeedbackBlock& block) {
   if (block.open)
-    sweep<true>(block);
+    sweep<true, false>(block);
+  else if (block.levels != nullptr)
+    sweep<false, true>(block);
   else
-    sweep<false>(block);
+    sweep<false, false>(block);
 }
 
 }  // namespace bitwright::BITWRIGHT_ISA_NAME

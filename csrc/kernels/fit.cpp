@@ -1,5 +1,7 @@
-// Scale search of one group, one row per lane (solver.md 6.1, 6.2; GPTQ 2210.17323 for power 2.4).
-// No fused multiply-add: the scores are the same floats at every level, and in the NumPy reference.
+// Scale search of one group, one row per lane (docs/solver.md 6.1, 6.2; GPTQ 2210.17323 for
+// power 2.4). No fused multiply-add: the scores are the same floats at every level, and in the
+// NumPy reference.
+#include "kernels/rounding.h"
 #include "kernels/scale_grid.h"
 #include "kernels/simd.h"
 #include "kernels/table.h"
@@ -19,17 +21,16 @@ inline VF fifth_root(VF y) {
   return root;
 }
 
-template <bool kPower24>
+template <bool kPower24, bool kTable>
 inline VF score(const FitOptions& o, std::int64_t columns, const float* w, const float* weight,
                 VF s, VF z) {
-  const VF top = broadcast<VF>(static_cast<float>(o.max_code)), bottom = {};
+  const float top = static_cast<float>(o.max_code);
   VF sum = {};
   for (std::int64_t j = 0; j < columns; ++j) {
     const VF value = load<VF>(w + j * kNrF32);
-    const VF code = minimum(maximum(rint(value / s) + z, bottom), top);
-    const VF error = value - (code - z) * s;
+    const VF error = value - to_grid<kTable>(value / s, z, top, o.levels).level * s;
     VF loss = error * error;
-    if (kPower24) loss = loss > 1e-30F ? loss * fifth_root(loss) : bottom;
+    if (kPower24) loss = loss > 1e-30F ? loss * fifth_root(loss) : VF{};
     sum = sum + (weight != nullptr ? loss * weight[j] : loss);
   }
   return sum;
@@ -51,11 +52,11 @@ inline Range range_of(std::int64_t columns, const float* w) {
 
 // The scale that spans the range; turned: of a grid whose scale is negative.
 inline VF symmetric_start(const FitOptions& o, const Range& r, bool turned) {
-  const float half = static_cast<float>((o.max_code + 1) / 2);
-  const float below = half > 1.0F ? half - 1.0F : 1.0F;
   const VF up = turned ? -r.low : r.high, down = turned ? r.high : -r.low;
-  const VF s = o.search_range ? maximum(up / below, down / half) : maximum(up, down) / below;
-  return s > 0.0F ? s : broadcast<VF>(1.0F);
+  VF s = o.search_range ? maximum(up / o.above, down / o.below) : maximum(up, down) / o.above;
+  s = s > 0.0F ? s : broadcast<VF>(1.0F);
+  if (o.grid.mantissa_drop == 23) s = (VF)((VI)s & ~((1 << 23) - 1));  // e8m0: not above the range
+  return s;
 }
 
 struct Pair {
@@ -73,7 +74,7 @@ inline Pair pair_of(const FitOptions& o, const Range& r, std::int64_t i) {
   const std::int64_t d = i % per_factor(o);
   if (o.symmetric) {
     const VF s = to_scale_grid(symmetric_start(o, r, d == 1) * factor, o.grid);
-    return {d == 1 ? -s : s, broadcast<VF>(static_cast<float>((o.max_code + 1) / 2))};
+    return {d == 1 ? -s : s, broadcast<VF>(o.middle)};
   }
   const VF top = broadcast<VF>(static_cast<float>(o.max_code));
   const auto empty = r.low == r.high;
@@ -95,7 +96,7 @@ inline void consider(Best& best, VF score, VF s, VF z) {
   best.zero = better ? z : best.zero;
 }
 
-template <bool kPower24>
+template <bool kPower24, bool kTable>
 inline void fit_vector(const FitOptions& o, std::int64_t columns, const float* w,
                        const float* weight, float* scale, float* zero) {
   const Range r = range_of(columns, w);
@@ -105,8 +106,9 @@ inline void fit_vector(const FitOptions& o, std::int64_t columns, const float* w
     const Pair at = pair_of(o, r, i);
     // the first is kept where every score overflows
     if (i == 0) best = {broadcast<VF>(__builtin_inff()), at.scale, at.zero};
-    const VF loss =
-        o.factor_count > 0 ? score<kPower24>(o, columns, w, weight, at.scale, at.zero) : VF{};
+    const VF loss = o.factor_count > 0
+                        ? score<kPower24, kTable>(o, columns, w, weight, at.scale, at.zero)
+                        : VF{};
     consider(best, loss, at.scale, at.zero);
   }
   store(scale, best.scale);
@@ -118,7 +120,9 @@ inline void fit_vector(const FitOptions& o, std::int64_t columns, const float* w
 void fit_group(const FitOptions& options, std::int64_t columns, const float* w, const float* weight,
                float* scale, float* zero) {
   for (int v = 0; v < kVectors; ++v) {
-    const auto fit = options.power_2_4 ? fit_vector<true> : fit_vector<false>;
+    const auto fit = options.levels != nullptr
+                         ? (options.power_2_4 ? fit_vector<true, true> : fit_vector<false, true>)
+                         : (options.power_2_4 ? fit_vector<true, false> : fit_vector<false, false>);
     fit(options, columns, w + v * kF32, weight, scale + v * kF32, zero + v * kF32);
   }
 }

@@ -1,5 +1,6 @@
-// Steps of the refinement after the sweep (solver.md 7), one row per lane. A step is taken where it
-// lowers e H e^T by the gain computed from g; g follows each step within the block.
+// Steps of the refinement after the sweep (docs/solver.md 7), one row per lane. A step is taken
+// where it lowers e H e^T by the gain computed from g; g follows each step within the block.
+#include "kernels/rounding.h"
 #include "kernels/scale_grid.h"
 #include "kernels/simd.h"
 #include "kernels/table.h"
@@ -16,8 +17,11 @@ inline bool any(VI mask) {
 
 }  // namespace
 
-void descend(const DescentBlock& block, bool* moved) {
-  const VF top = broadcast<VF>(block.max_code), bottom = {};
+namespace {
+
+template <bool kTable>
+inline void descend_block(const DescentBlock& block, bool* moved) {
+  const VF bottom = {};
   for (std::int64_t p = 0; p < block.columns; ++p) {
     const float* h = block.h + p * block.ldh;
     const VF pivot = broadcast<VF>(h[p]);
@@ -28,8 +32,8 @@ void descend(const DescentBlock& block, bool* moved) {
       const VF s = load<VF>(block.scale[p] + v * kF32), z = load<VF>(block.zero[p] + v * kF32);
       const VF level = load<VF>(block.level + at), g = load<VF>(block.g + at);
       const VF old = level * s;
-      const VF code = minimum(maximum(rint((old + g / pivot) / s) + z, bottom), top);
-      const VF next = code - z;
+      const VF wish = (old + g / pivot) / s;
+      const VF next = to_grid<kTable>(wish, z, block.max_code, block.levels).level;
       const VF d = old - next * s;
       const VF gain = -d * (2.0F * g + d * pivot);
       const VI better = (gain > 0.0F) & (load<VF>(block.active + v * kF32) > 0.0F);
@@ -49,6 +53,15 @@ void descend(const DescentBlock& block, bool* moved) {
         store(g + v * kF32, fma(step[v], factor, load<VF>(g + v * kF32)));
     }
   }
+}
+
+}  // namespace
+
+void descend(const DescentBlock& block, bool* moved) {
+  if (block.levels != nullptr)
+    descend_block<true>(block, moved);
+  else
+    descend_block<false>(block, moved);
 }
 
 void rescale(const RescaleGroup& group, bool* moved) {

@@ -1,5 +1,5 @@
 // Activation-aware column scales and clipping (AWQ, 2306.00978), scored without a forward pass: the
-// error of a candidate is tr(E H E^T), with E relative to the unscaled weights (solver.md 10).
+// error of a candidate is tr(E H E^T), with E relative to the unscaled weights (docs/solver.md 10).
 #include <cmath>
 #include <limits>
 
@@ -61,7 +61,9 @@ void awq_scale(In<float> w, In<double> h, In<float> column_scales, const FitSett
   require_finite("awq_scale", "W", w);
   require_finite("awq_scale", "H", h);
   const Eigen::VectorXf none;
-  const FitOptions options = fit_options(settings, none);
+  const GridLevels levels(settings.grid);
+  require(levels.get() == nullptr, "[awq_scale] the grid must be of integers, got a table");
+  const FitOptions options = fit_options(settings, levels, none);
   const LeftSlices left = half_of(h, 0, k);
   const Index panels = ceil_div(n, nr), candidates = column_scales.rows();
   Buffer<double> loss(candidates * panels * nr, true);
@@ -96,7 +98,9 @@ void awq_clip(In<float> w, In<double> h, const FitSettings& settings, InVec<floa
   require_factors("awq_clip", factors);
   require(factors.size() > 0, "[awq_clip] factors must have at least 1 entry, got 0");
   const Eigen::VectorXf none;
-  const FitOptions plain = fit_options(settings, none);
+  const GridLevels levels(settings.grid);
+  require(levels.get() == nullptr, "[awq_clip] the grid must be of integers, got a table");
+  const FitOptions plain = fit_options(settings, levels, none);
   for (Index g = 0; g < scales.cols(); ++g) {
     const Index first = g * group, columns = std::min(group, k - first);
     const LeftSlices left = half_of(h, first, columns);

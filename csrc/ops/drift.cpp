@@ -1,8 +1,8 @@
-// Targets for drifted inputs (solver.md 9): delta = W C (R R^T)^-1, columns in solving order, is
-// the solution of x R R^T = W C: a product and two triangular solves. A solve x U = y with U upper
-// triangular is the sweep without rounding: a starts as y, e_j = -a_j / U_jj, a_i += e_j U_ji, x =
-// -e. The first one, v R^T = W C, becomes one by reversing the columns. Each result is one
-// multiply-add chain over ascending columns: slices and threads change no bit.
+// Targets for drifted inputs (docs/solver.md 9): delta = W C (R R^T)^-1, columns in solving order,
+// is the solution of x R R^T = W C: a product and two triangular solves. A solve x U = y with U
+// upper triangular is the sweep without rounding: a starts as y, e_j = -a_j / U_jj, a_i += e_j
+// U_ji, x = -e. The first one, v R^T = W C, becomes one by reversing the columns. Each result is
+// one multiply-add chain over ascending columns: slices and threads change no bit.
 #include <vector>
 
 #include "core/parallel.h"

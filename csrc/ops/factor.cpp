@@ -1,5 +1,5 @@
 // H + damping = R R^T with R upper triangular: the lower Cholesky factor L of the reversed matrix,
-// reversed again, R_ij = L_{k-1-i, k-1-j} (solver.md 3.2). Left-looking in block columns: each
+// reversed again, R_ij = L_{k-1-i, k-1-j} (docs/solver.md 3.2). Left-looking in block columns: each
 // block is updated once by all finished columns (tiles, one chain over ascending columns), its
 // diagonal block is factored, the rows below are solved. Work is kept negated (-H + L L^T), because
 // the tile adds. Lower triangle only, as row panels [column][nr] that end with their own block:

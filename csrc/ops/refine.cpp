@@ -1,7 +1,9 @@
-// Refinement after the sweep (solver.md 7), a panel of rows at a time, columns in natural order.
-// Kept for every column: level l = c - z and g = (w - q) H_d, so that the gain of a step is known
-// without a product. A block of columns (c) or a group (l) is revised by the kernel; its changes
-// then go to the other columns of g as tiles. Every g_j is one chain over the steps in their order.
+// Refinement after the sweep (docs/solver.md 7), a panel of rows at a time, columns in natural
+// order. Kept for every column: level l = c - z and g = (w - q) H_d, so that the gain of a step is
+// known without a product. A block of columns (c) or a group (l) is revised by the kernel; its
+// changes then go to the other columns of g as tiles. Every g_j is one chain over the steps in
+// their order.
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -20,15 +22,14 @@ constexpr Index kBlock = 24;  // a multiple of every mr
 class RefinePanel {
  public:
   RefinePanel(In<float> w, In<float> scales, In<std::uint8_t> zeros, In<std::uint8_t> codes,
-              Index group, int bits, const ScaleGrid& grid, const LeftSlices& h, Index row)
+              Index group, const FitOptions& options, const LeftSlices& h, Index row)
       : nr_(table().nr_f32),
         mr_(table().mr_f32),
         k_(w.cols()),
         group_(group),
         groups_(scales.cols()),
         rows_(std::min(nr_, w.rows() - row)),
-        top_(static_cast<float>((1 << bits) - 1)),
-        grid_(grid),
+        options_(options),
         h_(h),
         w_(k_ * nr_),
         level_(k_ * nr_, true),
@@ -49,8 +50,7 @@ class RefinePanel {
         zero_[g * nr_ + lane] = lane < rows_ ? static_cast<float>(zeros(row + lane, g)) : 0.0F;
       }
       for (Index j = 0; j < k_ && lane < rows_; ++j)
-        level_[j * nr_ + lane] =
-            static_cast<float>(codes(row + lane, j)) - zero_[j / group * nr_ + lane];
+        level_[j * nr_ + lane] = level_of(codes(row + lane, j), zero_[j / group * nr_ + lane]);
     }
     Buffer<float> e(k_ * nr_);
     errors(e.get());
@@ -75,7 +75,8 @@ class RefinePanel {
       b.ldh = kBlock;
       b.scale = scale;
       b.zero = zero;
-      b.max_code = top_;
+      b.levels = options_.levels;
+      b.max_code = static_cast<float>(options_.max_code);
       b.active = active_.get();
       b.level = level_ + first * nr_;
       b.g = g_ + first * nr_;
@@ -99,7 +100,7 @@ class RefinePanel {
                          scratch_ + (s - begin) * mr_ * nr_, nr_);
       RescaleGroup r{};
       r.columns = columns;
-      r.grid = grid_;
+      r.grid = options_.grid;
       r.level = level_ + first * nr_;
       r.g = g_ + first * nr_;
       r.hl = scratch_ + (first - begin * mr_) * nr_;
@@ -133,12 +134,22 @@ class RefinePanel {
       loss[row + lane] = loss_[lane];
       for (Index g = 0; g < groups_; ++g) scales(row + lane, g) = scale_[g * nr_ + lane];
       for (Index j = 0; j < k_; ++j)
-        codes(row + lane, j) =
-            static_cast<std::uint8_t>(level_[j * nr_ + lane] + zero_[j / group_ * nr_ + lane]);
+        codes(row + lane, j) = code_of(level_[j * nr_ + lane], zero_[j / group_ * nr_ + lane]);
     }
   }
 
  private:
+  float level_of(std::uint8_t code, float zero) const {
+    return options_.levels ? options_.levels->values[code] : static_cast<float>(code) - zero;
+  }
+
+  std::uint8_t code_of(float level, float zero) const {
+    if (!options_.levels) return static_cast<std::uint8_t>(level + zero);
+    const float* first = options_.levels->values;
+    return static_cast<std::uint8_t>(
+        std::lower_bound(first, first + options_.levels->count, level) - first);
+  }
+
   void errors(float* e) const {
     for (Index j = 0; j < k_; ++j)
       for (Index lane = 0; lane < nr_; ++lane)
@@ -165,8 +176,7 @@ class RefinePanel {
   }
 
   Index nr_, mr_, k_, group_, groups_, rows_;
-  float top_;
-  ScaleGrid grid_;
+  FitOptions options_;
   const LeftSlices& h_;
   Buffer<float> w_, level_, g_, d_, scratch_, scale_, zero_, active_, gain_;
   Buffer<double> loss_;
@@ -194,7 +204,8 @@ void refine(In<float> w, In<double> h, InVec<std::uint8_t> dead, double damping,
   require(pattern.find_first_not_of("cl") == std::string::npos,
           "[refine] pattern must consist of c and l, got ", pattern);
   const Eigen::VectorXf none;
-  const FitOptions options = fit_options(settings, none);
+  const GridLevels levels(settings.grid);
+  const FitOptions options = fit_options(settings, levels, none);
   for (Index i = 0; i < n; ++i)
     for (Index j = 0; j < k; ++j)
       require(codes(i, j) <= options.max_code, "[refine] codes must be at most ", options.max_code,
@@ -213,8 +224,7 @@ void refine(In<float> w, In<double> h, InVec<std::uint8_t> dead, double damping,
     for (Index j = i / kBlock * kBlock; j < std::min(k, (i / kBlock + 1) * kBlock); ++j)
       diagonal[i * kBlock + j % kBlock] = damped(i, j);
   parallel_for(ceil_div(n, nr), [&](Index panel) {
-    RefinePanel rows(w, scales, zeros, codes, settings.group, settings.bits, options.grid, left,
-                     panel * nr);
+    RefinePanel rows(w, scales, zeros, codes, settings.group, options, left, panel * nr);
     for (const char pass : pattern) {
       pass == 'c' ? rows.descend(diagonal.get()) : rows.rescale();
       if (!rows.go_on(pass == 'l', tolerance)) break;

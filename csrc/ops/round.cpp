@@ -33,7 +33,8 @@ void fit(In<float> w, InVec<float> weight, const FitSettings& settings, InVec<fl
   for (Index i = 0; i < weight.size(); ++i)
     require(weight[i] >= 0.0F, "[fit] weight must not be negative, got ", weight[i], " at ", i);
   require_factors("fit", factors);
-  const FitOptions options = fit_options(settings, factors);
+  const GridLevels levels(settings.grid);
+  const FitOptions options = fit_options(settings, levels, factors);
   const Index groups = scales.cols();
   parallel_for(ceil_div(n, nr), [&](Index panel) {
     Buffer<float> values(settings.group * nr), scale(nr), zero(nr);
@@ -51,36 +52,45 @@ void fit(In<float> w, InVec<float> weight, const FitSettings& settings, InVec<fl
   });
 }
 
-void encode(In<float> w, In<float> scales, In<std::uint8_t> zeros, Index group, int bits,
+void encode(In<float> w, In<float> scales, In<std::uint8_t> zeros, Index group, const Grid& grid,
             Out<std::uint8_t> codes) {
   require_codes("encode", w.rows(), w.cols(), group, scales, zeros);
-  require(bits >= 1 && bits <= 8, "[encode] bits must be 1 to 8, got ", bits);
+  require_grid("encode", grid);
   require(codes.rows() == w.rows() && codes.cols() == w.cols(), "[encode] codes must be ", w.rows(),
           " x ", w.cols(), ", got ", codes.rows(), " x ", codes.cols());
   require_scales("encode", scales);
-  const float top = static_cast<float>((1 << bits) - 1);
+  const float top = static_cast<float>(max_code(grid));
+  const auto& middles = grid.middles;
   each_group(w.rows(), w.cols(), group, [&](Index r, Index g, Index begin, Index end) {
     const float scale = scales(r, g), zero = static_cast<float>(zeros(r, g));
     const float* from = w.data() + r * w.outerStride();
     std::uint8_t* to = codes.data() + r * codes.outerStride();
     for (Index j = begin; j < end; ++j) {
-      const float code = std::nearbyint(from[j] / scale) + zero;
-      require(!std::isnan(code), "[encode] W must not be NaN, got NaN at (", r, ", ", j, ")");
-      to[j] = static_cast<std::uint8_t>(std::min(std::max(code, 0.0F), top));
+      const float x = from[j] / scale;
+      require(!std::isnan(x), "[encode] W must not be NaN, got NaN at (", r, ", ", j, ")");
+      const auto above = std::lower_bound(middles.begin(), middles.end(), x) - middles.begin();
+      const float code = std::min(std::max(std::nearbyint(x) + zero, 0.0F), top);
+      to[j] = static_cast<std::uint8_t>(middles.empty() ? code : static_cast<float>(above));
     }
   });
 }
 
 void decode(In<std::uint8_t> codes, In<float> scales, In<std::uint8_t> zeros, Index group,
-            Out<float> w) {
+            const Grid& grid, Out<float> w) {
   require_codes("decode", codes.rows(), codes.cols(), group, scales, zeros);
+  require_grid("decode", grid);
   require(codes.rows() == w.rows() && codes.cols() == w.cols(), "[decode] W must be ", codes.rows(),
           " x ", codes.cols(), ", got ", w.rows(), " x ", w.cols());
+  const std::size_t count = grid.levels.size();
   each_group(codes.rows(), codes.cols(), group, [&](Index r, Index g, Index begin, Index end) {
     const float scale = scales(r, g), zero = static_cast<float>(zeros(r, g));
     const std::uint8_t* from = codes.data() + r * codes.outerStride();
     float* to = w.data() + r * w.outerStride();
-    for (Index j = begin; j < end; ++j) to[j] = (static_cast<float>(from[j]) - zero) * scale;
+    for (Index j = begin; j < end; ++j) {
+      require(count == 0 || from[j] < count, "[decode] codes must be below ", count, ", got ",
+              int{from[j]}, " at (", r, ", ", j, ")");
+      to[j] = (count == 0 ? static_cast<float>(from[j]) - zero : grid.levels[from[j]]) * scale;
+    }
   });
 }
 

@@ -1,7 +1,8 @@
-// The GPTQ sweep that chooses the scales and zero points of each group on its way (solver.md 6.3).
-// The group's share of the objective is known before it is committed: sum (R_kk (t_k - q_k))^2 over
-// its columns with its own feedback. Every candidate is run through that; the first of the best is
-// committed. A candidate is dropped once no lane can win with it: losses only grow.
+// The GPTQ sweep that chooses the scales and zero points of each group on its way
+// (docs/solver.md 6.3). The group's share of the objective is known before it is committed: sum
+// (R_kk (t_k - q_k))^2 over its columns with its own feedback. Every candidate is run through that;
+// the first of the best is committed. A candidate is dropped once no lane can win with it: losses
+// only grow.
 #include <limits>
 #include <vector>
 
@@ -56,7 +57,7 @@ struct Panel {
   // Range of the targets that the group would have without rounding.
   void find_range(const SweepBlock& block) {
     const Index nr = sweep.nr();
-    sweep.run(block, scales.data(), zeros.data(), 0, true, e.get(), [] { return true; });
+    sweep.run(block, scales.data(), zeros.data(), nullptr, 0, true, e.get(), [] { return true; });
     for (Index i = 0; i < block.columns * nr; ++i) u[i] = sweep.w()[i] - e[i];
     table().span(block.columns, u.get(), low.get(), high.get());
   }
@@ -66,11 +67,12 @@ struct Panel {
     table().candidate(options, low.get(), high.get(), i, scale.get(), zero.get());
     use(scale, zero);
     const float* loss = sweep.block_loss();
-    sweep.run(block, scales.data(), zeros.data(), options.max_code, false, e.get(), [&] {
-      bool open = i == 0;
-      for (Index lane = 0; lane < nr; ++lane) open |= loss[lane] < best[lane];
-      return open;
-    });
+    sweep.run(block, scales.data(), zeros.data(), options.levels, options.max_code, false, e.get(),
+              [&] {
+                bool open = i == 0;
+                for (Index lane = 0; lane < nr; ++lane) open |= loss[lane] < best[lane];
+                return open;
+              });
     for (Index lane = 0; lane < nr; ++lane) {
       if (i > 0 && !(loss[lane] < best[lane])) continue;
       best[lane] = loss[lane];
@@ -87,12 +89,13 @@ void gptq_search(In<float> w, In<float> r, InVec<std::int32_t> order, const FitS
                  Out<std::uint8_t> codes, OutVec<double> loss) {
   const Index n = w.rows(), k = w.cols(), group = settings.group;
   require_codes("gptq_search", n, k, group, scales, zeros);
-  require_sweep("gptq_search", w, r, order, settings.bits, codes, loss);
+  require_sweep("gptq_search", w, r, order, settings.grid, codes, loss);
   require_factors("gptq_search", factors);
   require(factors.size() > 0, "[gptq_search] factors must have at least 1 entry, got 0");
   FitSettings searched = settings;
   searched.search = true;
-  const FitOptions options = fit_options(searched, factors);
+  const GridLevels levels(searched.grid);
+  const FitOptions options = fit_options(searched, levels, factors);
   const Index per_factor =
       options.symmetric ? (options.negative ? 2 : 1) : 2 * options.zero_span + 1;
   const Index candidates = factors.size() * per_factor;
@@ -103,8 +106,8 @@ void gptq_search(In<float> w, In<float> r, InVec<std::int32_t> order, const FitS
     panel.find_range(block);
     for (Index i = 0; i < candidates; ++i) panel.try_candidate(block, options, i);
     panel.use(panel.best_scale, panel.best_zero);
-    panel.sweep.run(block, panel.scales.data(), panel.zeros.data(), options.max_code, false,
-                    panel.sweep.error(block.first), [] { return true; });
+    panel.sweep.run(block, panel.scales.data(), panel.zeros.data(), options.levels,
+                    options.max_code, false, panel.sweep.error(block.first), [] { return true; });
     panel.sweep.commit(block, codes);
     const Index g = order[block.first] / group;
     for (Index lane = 0; lane < panel.sweep.rows(); ++lane) {

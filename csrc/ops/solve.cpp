@@ -1,4 +1,5 @@
-// Inverse-free GPTQ with given scales (solver.md 3.3): blocks of 48 columns, whatever the groups.
+// Inverse-free GPTQ with given scales (docs/solver.md 3.3): blocks of 48 columns, whatever the
+// groups.
 #include <vector>
 
 #include "core/parallel.h"
@@ -33,12 +34,13 @@ struct Panel {
 }  // namespace
 
 void gptq(In<float> w, In<float> r, InVec<std::int32_t> order, In<float> scales,
-          In<std::uint8_t> zeros, Index group, int bits, Out<std::uint8_t> codes,
+          In<std::uint8_t> zeros, Index group, const Grid& grid, Out<std::uint8_t> codes,
           OutVec<double> loss) {
   const Index n = w.rows(), k = w.cols();
   require_codes("gptq", n, k, group, scales, zeros);
   require_scales("gptq", scales);
-  require_sweep("gptq", w, r, order, bits, codes, loss);
+  require_sweep("gptq", w, r, order, grid, codes, loss);
+  const GridLevels levels(grid);
   const auto make = [&](Index row) { return Panel(w, r, order, scales, zeros, row); };
   const std::vector<SweepBlock> blocks =
       sweep_blocks(k, even_starts(k, kBlock), [&](Index p, Index i) { return r(p, i); });
@@ -50,8 +52,8 @@ void gptq(In<float> w, In<float> r, InVec<std::int32_t> order, In<float> scales,
       zero[p] = panel.zero + at;
     }
     panel.sweep.enter(block);
-    panel.sweep.run(block, scale, zero, (1 << bits) - 1, false, panel.sweep.error(block.first),
-                    [] { return true; });
+    panel.sweep.run(block, scale, zero, levels.get(), max_code(grid), false,
+                    panel.sweep.error(block.first), [] { return true; });
     panel.sweep.commit(block, codes);
   });
 }

@@ -28,6 +28,7 @@ struct Widen {
 struct Floats {
   using Word = float;
   static Index depth(Index rows) { return rows; }
+  static float difference(float a, float b) { return a - b; }
   static void tile(Index depth, const float* a, const float* b, float* c) {
     table().tile_f32(depth, a, table().nr_f32, b, c, table().nr_f32);
   }
@@ -46,6 +47,13 @@ struct Floats {
 struct Pairs {
   using Word = std::uint32_t;
   static Index depth(Index rows) { return ceil_div(rows, 2); }
+  static std::uint32_t difference(std::uint32_t a, std::uint32_t b) {
+    const auto half = [&](int shift) {
+      const auto word = [&](std::uint32_t x) { return static_cast<std::uint16_t>(x >> shift); };
+      return std::uint32_t{to_bf16(from_bf16(word(a)) - from_bf16(word(b)))} << shift;
+    };
+    return half(0) | half(16);
+  }
   static void tile(Index depth, const std::uint32_t* a, const std::uint32_t* b, float* c) {
     table().tile_bf16(depth, a, table().nr_f32, b, c, table().nr_f32);
   }
@@ -87,7 +95,17 @@ void add_tiles(const typename Layout::Word* left, const typename Layout::Word* r
   }
 }
 
-// h += before^T x, chunk by chunk; of x alone (before null) only the upper triangle.
+// left[i] -= right[i] over a chunk's panels.
+template <class Layout>
+void subtract(typename Layout::Word* left, const typename Layout::Word* right, Index panels,
+              Index size) {
+  parallel_for(panels, [&](Index p) {
+    for (Index i = p * size; i < (p + 1) * size; ++i)
+      left[i] = Layout::difference(left[i], right[i]);
+  });
+}
+
+// h += (before - x)^T x, chunk by chunk; without `before` x^T x, only the upper triangle.
 template <class Layout, class T>
 void add_products(const Eigen::Ref<const RowMajor<T>>* before, In<T> x, bool bf16, Out<double> h) {
   const Index k = x.cols(), nr = table().nr_f32, panels = ceil_div(k, nr);
@@ -97,7 +115,10 @@ void add_products(const Eigen::Ref<const RowMajor<T>>* before, In<T> x, bool bf1
   for (Index first = 0; first < x.rows(); first += kChunk) {
     const Index rows = std::min(kChunk, x.rows() - first), depth = Layout::depth(rows);
     fill_panels<Layout, T>(x, bf16, first, rows, right.get());
-    if (before != nullptr) fill_panels<Layout, T>(*before, bf16, first, rows, left.get());
+    if (before != nullptr) {
+      fill_panels<Layout, T>(*before, bf16, first, rows, left.get());
+      subtract<Layout>(left.get(), right.get(), panels, depth * nr);
+    }
     const typename Layout::Word* other = before == nullptr ? right.get() : left.get();
     parallel_for(across * down, [&](Index task) {
       const Index row0 = task % down * kRowsPerTask, panel0 = task / down * kPanelsPerTask;

@@ -1,5 +1,5 @@
-// A panel of rows on its way through the columns in solving order (solver.md 3.3): what the sweep
-// with given scales and the sweep that searches them share.
+// A panel of rows on its way through the columns in solving order (docs/solver.md 3.3): what the
+// sweep with given scales and the sweep that searches them share.
 //
 // R is cut into blocks of consecutive columns, and each block into slices of mr columns with all
 // rows above them: the left operands of the tiles. For a block: a = E R over the finished columns
@@ -10,6 +10,7 @@
 
 #include <vector>
 
+#include "ops/fit_options.h"
 #include "ops/panel.h"
 
 namespace bitwright {
@@ -79,7 +80,7 @@ class SweepPanel {
   // to e, codes and losses inside. After each slice `go_on` may end it.
   template <class GoOn>
   void run(const SweepBlock& block, const float* const* scale, const float* const* zero,
-           int max_code, bool open, float* e, const GoOn& go_on) {
+           const Levels* levels, int max_code, bool open, float* e, const GoOn& go_on) {
     const Index mr = block.left.mr();
     std::memset(block_loss_.get(), 0, static_cast<std::size_t>(nr_) * sizeof(float));
     for (Index s = 0; s < block.left.slices(); ++s) {
@@ -95,6 +96,7 @@ class SweepPanel {
       f.e = e + c * nr_;
       f.scale = scale + c;
       f.zero = zero + c;
+      f.levels = levels;
       f.max_code = static_cast<float>(max_code);
       f.open = open;
       f.codes = codes_ + c * nr_;
@@ -144,14 +146,14 @@ void sweep(Index n, const std::vector<SweepBlock>& blocks, OutVec<double> loss, 
 }
 
 inline void require_sweep(const char* op, In<float> w, In<float> r, InVec<std::int32_t> order,
-                          int bits, Out<std::uint8_t> codes, OutVec<double> loss) {
+                          const Grid& grid, Out<std::uint8_t> codes, OutVec<double> loss) {
   const Index n = w.rows(), k = w.cols();
   require(r.rows() == k && r.cols() == k, "[", op, "] R must be ", k, " x ", k, " to match W (", n,
           " x ", k, "), got ", r.rows(), " x ", r.cols());
   require_permutation(op, k, order);
   require_finite(op, "W", w);
   require_finite(op, "R", r);
-  require(bits >= 1 && bits <= 8, "[", op, "] bits must be 1 to 8, got ", bits);
+  require_grid(op, grid);
   require(codes.rows() == n && codes.cols() == k, "[", op, "] codes must be ", n, " x ", k,
           ", got ", codes.rows(), " x ", codes.cols());
   require(loss.size() == n, "[", op, "] loss must have ", n, " entries, got ", loss.size());

@@ -24,7 +24,8 @@ F64 = npt.NDArray[np.float64]
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 
-ScaleGrid = Literal["bf16", "fp16", "fp32"]
+ScaleGrid = Literal["bf16", "fp16", "fp32", "e8m0", "e4m3"]
+SCALE_BITS: Mapping[ScaleGrid, int] = {"bf16": 16, "fp16": 16, "fp32": 32, "e8m0": 8, "e4m3": 8}
 
 
 class BitwrightError(Exception):
@@ -57,7 +58,8 @@ class Grid:
 
     name: as in scheme names ("int4"). bits: storage bits of a code. values: value of each code,
     ascending, at most 256. Uniform grids have values[c] == c, so that C++ takes the arithmetic
-    path.
+    path. Others are tables, without zero points; a value half-way between two levels takes the one
+    that lies an even number of levels from 0, as floats do.
     """
 
     name: str
@@ -68,6 +70,17 @@ class Grid:
     def uniform(self) -> bool:
         return self.values == tuple(float(c) for c in range(len(self.values)))
 
+    @property
+    def middles(self) -> tuple[float, ...]:
+        """Of a table: a value above middles[i] takes level i + 1 or a higher one."""
+        if self.uniform:
+            return ()
+        levels = np.asarray(self.values, np.float32)
+        middles = (levels[:-1] + levels[1:]) / np.float32(2)
+        up = (np.arange(1, len(levels)) - self.values.index(0.0)) % 2 == 0
+        middles[up] = np.nextafter(middles[up], np.float32(-np.inf))
+        return tuple(map(float, middles))
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -75,9 +88,10 @@ class Scheme:
 
     group: columns that share a scale; 0 = the whole row (channel), -1 = the whole matrix (tensor).
     A last short group is part of the definition: G = ceil(k / group). symmetric: the zero point is
-    2^(bits-1) and not stored. scale: grid of the scales. "bf16" = bf16 values inside fp16's normal
-    range, hence exact in fp16, bf16 and fp32 files; "fp16" and "fp32" bind the result to formats
-    that hold them. zero_min: smallest zero point allowed (1 makes zero points portable to formats
+    2^(bits-1) (of tables 0) and not stored. scale: grid of the scales. "bf16" = bf16 values inside
+    fp16's normal range, hence exact in fp16, bf16 and fp32 files; "fp16", "fp32", "e8m0" (powers of
+    two) and "e4m3" (over one float32 for the whole matrix) bind the result to formats that hold
+    them. zero_min: smallest zero point allowed (1 makes zero points portable to formats
     that store z - 1).
     """
 
@@ -94,7 +108,8 @@ class Scheme:
     @property
     def name(self) -> str:
         where = {0: "channel", -1: "tensor"}.get(self.group, f"g{self.group}")
-        return f"{self.grid.name}-{where}{'' if self.symmetric else '-asym'}"
+        scale = "" if self.scale == "bf16" else f"-{self.scale}"
+        return f"{self.grid.name}-{where}{'' if self.symmetric else '-asym'}{scale}"
 
     def columns(self, k: int) -> int:
         """Columns per group in a row of k: the whole row for channel and tensor schemes."""
@@ -105,10 +120,11 @@ class Scheme:
         return -(-k // self.columns(k))
 
     def bits_per_weight(self, n: int, k: int) -> float:
-        """Stored bits per weight of an (n, k) matrix: codes, 16-bit scales (32 for fp32), zeros."""
+        """Stored bits per weight of an (n, k) matrix: codes, scales, zeros."""
         cells = 1 if self.group == -1 else n * self.groups(k)
-        side = (32 if self.scale == "fp32" else 16) + (0 if self.symmetric else self.bits)
-        return self.bits + cells * side / (n * k)
+        side = SCALE_BITS[self.scale] + (0 if self.symmetric else self.bits)
+        whole = 32 if self.scale == "e4m3" else 0
+        return self.bits + (cells * side + whole) / (n * k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,13 +132,15 @@ class QTensor:
     """Codes, scales and zero points of one (n, k) matrix.
 
     codes: uint8 (n, k). scales: float32 (n, G). zeros: uint8 (n, G); constant where symmetric.
-    Tensor schemes have G = 1 and equal rows.
+    Tensor schemes have G = 1 and equal rows. global_scale: "e4m3" scales are stored values divided
+    by it.
     """
 
     codes: U8
     scales: F32
     zeros: U8
     scheme: Scheme
+    global_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 2 or not self.codes.size:
@@ -162,7 +180,17 @@ def stacked(parts: Sequence[QTensor]) -> QTensor:
     codes, scales, zeros = (
         np.concatenate([getattr(q, name) for q in parts]) for name in ("codes", "scales", "zeros")
     )
-    return QTensor(codes, scales, zeros, parts[0].scheme)
+    return QTensor(codes, scales, zeros, parts[0].scheme, parts[0].global_scale)
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """The part of the compared tokens on which the drift's share is chosen: their H and C, as in
+    `Stats`, and their share of all compared tokens."""
+
+    H: F64
+    C: F64
+    share: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,8 +200,8 @@ class Stats:
     H: float64 (k, k) = X^T X / tokens, or None where only the column statistics were asked for; or
     (B, k, k), one for each of B equal blocks of rows (v: one per KV head, of the inputs that its
     attention mixes). C, of H's shape: (X_float - X)^T X / tokens, how the inputs drifted from those
-    of the float model; None where that was not asked for. tokens: rows of X (for each block).
-    mean_abs, abs_max, minimum, maximum: float32 (k,).
+    of the float model; None where that was not asked for. held: of a part of the tokens that C
+    counts. tokens: rows of X (for each block). mean_abs, abs_max, minimum, maximum: float32 (k,).
     """
 
     tokens: int
@@ -183,6 +211,7 @@ class Stats:
     minimum: F32
     maximum: F32
     C: F64 | None = None
+    held: Held | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +295,8 @@ class Report:
     error_rtn, error: tr(E H E^T) / tr(W H W^T) of plain rounding and of the result (without
     calibration: H = I), E relative to the target that was solved for; error_swept: of the result
     before refinement, None where there was none. alpha: share of the drift in that target, None
-    where inputs were not compared. heads: H of so many blocks of rows, 0: one for all. awq:
+    where inputs were not compared. heads: so many blocks of rows had an H of attention-mixed inputs
+    (tokens counts their rows), 0: one H of the inputs themselves. awq:
     exponent of the column scales, None where they were not searched.
     """
 

@@ -43,7 +43,8 @@ void fit_and_round(const Size& size, int bits, bool symmetric, bool search) {
   RowMajor<float> w = normal(size.n, size.k, unsigned(bits), 0.05F);
   w.row(size.n / 2).setZero();
   const Index groups = ceil_div(size.k, size.group);
-  FitSettings settings{bits, size.group, symmetric, 0, "bf16", search ? 2.4 : 2.0, search};
+  FitSettings settings{{bits, {}, {}}, size.group, symmetric,          0,
+                       "bf16",         1.0F,       search ? 2.4 : 2.0, search};
   Vector<float> factors(3), weight = Vector<float>::Ones(search ? size.k : 0);
   factors << 1.0F, 0.9F, 0.8F;
   RowMajor<std::uint8_t> zeros(size.n, groups), codes(size.n, size.k);
@@ -52,9 +53,9 @@ void fit_and_round(const Size& size, int bits, bool symmetric, bool search) {
     fit(w, weight, settings, factors, out, zeros);
     return out;
   });
-  encode(w, scales, zeros, size.group, bits, codes);
+  encode(w, scales, zeros, size.group, {bits, {}, {}}, codes);
   RowMajor<float> values(size.n, size.k);
-  decode(codes, scales, zeros, size.group, values);
+  decode(codes, scales, zeros, size.group, {}, values);
   CHECK((scales.array() >= 0x1p-14F).all() && values.allFinite());
   CHECK((codes.array() < (1 << bits)).all() || bits == 8);
   CHECK(values.row(size.n / 2).isZero(0.0F));
@@ -85,9 +86,11 @@ void scales() {
   const RowMajor<float> w = RowMajor<float>::Constant(2, 8, std::nanf(""));
   RowMajor<float> s = RowMajor<float>::Ones(2, 1);
   RowMajor<std::uint8_t> z = RowMajor<std::uint8_t>::Zero(2, 1), c(2, 8);
-  CHECK(contains(refusal([&] { encode(w, s, z, 8, 4, c); }), "W must not be NaN"));
-  CHECK(contains(refusal([&] { fit(w, kNone, {4, 8}, kNone, s, z); }), "W must be finite"));
-  CHECK(contains(refusal([&] { encode(w, s, z, 4, 4, c); }), "must be 2 x 2 for a 2 x 8"));
+  CHECK(contains(refusal([&] { encode(w, s, z, 8, {4, {}, {}}, c); }), "W must not be NaN"));
+  CHECK(
+      contains(refusal([&] { fit(w, kNone, {{4, {}, {}}, 8}, kNone, s, z); }), "W must be finite"));
+  CHECK(
+      contains(refusal([&] { encode(w, s, z, 4, {4, {}, {}}, c); }), "must be 2 x 2 for a 2 x 8"));
 }
 
 }  // namespace bitwright_tests

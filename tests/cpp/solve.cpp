@@ -9,29 +9,29 @@ namespace {
 
 constexpr double kUnit = 0x1p-24;
 
-struct Grid {
+struct Chosen {
   RowMajor<float> scales;
   RowMajor<std::uint8_t> zeros;
 };
 
-Grid grid_of(const RowMajor<float>& w, const FitSettings& settings) {
+Chosen grid_of(const RowMajor<float>& w, const FitSettings& settings) {
   const Index groups = ceil_div(w.cols(), settings.group);
-  Grid grid{RowMajor<float>(w.rows(), groups), RowMajor<std::uint8_t>(w.rows(), groups)};
+  Chosen grid{RowMajor<float>(w.rows(), groups), RowMajor<std::uint8_t>(w.rows(), groups)};
   fit(w, kNone, settings, kNone, grid.scales, grid.zeros);
   return grid;
 }
 
 RowMajor<double> error_of(const RowMajor<float>& w, const RowMajor<std::uint8_t>& codes,
-                          const Grid& grid, Index group) {
+                          const Chosen& grid, Index group) {
   RowMajor<float> q(w.rows(), w.cols());
-  decode(codes, grid.scales, grid.zeros, group, q);
+  decode(codes, grid.scales, grid.zeros, group, {}, q);
   return w.cast<double>() - q.cast<double>();
 }
 
 void gptq_of(const Size& size, int bits) {
-  const FitSettings settings{bits, size.group, false};
+  const FitSettings settings{{bits, {}, {}}, size.group, false};
   const RowMajor<float> w = normal(size.n, size.k, unsigned(size.k), 0.05F);
-  const Grid grid = grid_of(w, settings);
+  const Chosen grid = grid_of(w, settings);
   const Vector<std::int32_t> order = reversed(size.k);
   RowMajor<double> h = hessian(size.k, 3);
   RowMajor<float> r(size.k, size.k);
@@ -39,7 +39,7 @@ void gptq_of(const Size& size, int bits) {
   Vector<double> loss(size.n);
   const RowMajor<std::uint8_t> codes = for_every_thread_count([&] {
     RowMajor<std::uint8_t> out(size.n, size.k);
-    gptq(w, r, order, grid.scales, grid.zeros, size.group, bits, out, loss);
+    gptq(w, r, order, grid.scales, grid.zeros, size.group, {bits, {}, {}}, out, loss);
     return out;
   });
   const RowMajor<double> e = error_of(w, codes, grid, size.group);
@@ -52,16 +52,17 @@ void gptq_of(const Size& size, int bits) {
                                         2.0 * (scale.array() * weights.array()).sqrt());
   CHECK(((loss - exact).array().abs() <= limit.array()).all());
   RowMajor<std::uint8_t> plain(size.n, size.k), with_identity(size.n, size.k);
-  encode(w, grid.scales, grid.zeros, size.group, bits, plain);
+  encode(w, grid.scales, grid.zeros, size.group, {bits, {}, {}}, plain);
   gptq(w, RowMajor<float>::Identity(size.k, size.k), order, grid.scales, grid.zeros, size.group,
-       bits, with_identity, loss);
+       {bits, {}, {}}, with_identity, loss);
   CHECK(plain == with_identity);
 }
 
 // Scales searched inside the sweep, then refined: the same for any thread count, losses that are
 // the objective's, and refinement never above where it began.
 void searched_of(const Size& size, int bits) {
-  const FitSettings settings{bits, size.group, bits % 2 == 0, 0, "bf16", 2.0, true, 1, true};
+  const FitSettings settings{{bits, {}, {}}, size.group, bits % 2 == 0, 0, "bf16",
+                             1.0F,           2.0,        true,          1, true};
   const RowMajor<float> w = normal(size.n, size.k, unsigned(size.k), 0.05F);
   Vector<std::int32_t> order(size.k);
   for (Index i = 0; i < size.k; ++i) order[i] = static_cast<std::int32_t>(i);
@@ -71,8 +72,8 @@ void searched_of(const Size& size, int bits) {
   CHECK(factor(h, order, dead, 0.01, r));
   Vector<float> factors(3);
   factors << 1.0F, 0.8F, 0.9F;
-  Grid grid{RowMajor<float>(size.n, ceil_div(size.k, size.group)),
-            RowMajor<std::uint8_t>(size.n, ceil_div(size.k, size.group))};
+  Chosen grid{RowMajor<float>(size.n, ceil_div(size.k, size.group)),
+              RowMajor<std::uint8_t>(size.n, ceil_div(size.k, size.group))};
   Vector<double> before(size.n), after(size.n), same(size.n);
   const RowMajor<std::uint8_t> codes = for_every_thread_count([&] {
     RowMajor<std::uint8_t> out(size.n, size.k);
@@ -80,7 +81,7 @@ void searched_of(const Size& size, int bits) {
     return out;
   });
   RowMajor<std::uint8_t> with_scales(size.n, size.k);
-  gptq(w, r, order, grid.scales, grid.zeros, size.group, bits, with_scales, same);
+  gptq(w, r, order, grid.scales, grid.zeros, size.group, {bits, {}, {}}, with_scales, same);
   CHECK(with_scales == codes);
   const RowMajor<float> scales = grid.scales;
   const RowMajor<std::uint8_t> revised = for_every_thread_count([&] {
@@ -117,13 +118,14 @@ void drift_of(const Size& size) {
 
 void refusals() {
   const RowMajor<float> w = normal(3, 8, 1);
-  Grid grid = grid_of(w, {4, 4});
+  Chosen grid = grid_of(w, {{4, {}, {}}, 4});
   RowMajor<float> r = RowMajor<float>::Identity(8, 8), small = RowMajor<float>::Identity(7, 7);
   RowMajor<std::uint8_t> codes(3, 8);
   Vector<double> loss(3);
   Vector<std::int32_t> order = reversed(8);
   const auto refuse = [&](const RowMajor<float>& factor) {
-    return refusal([&] { gptq(w, factor, order, grid.scales, grid.zeros, 4, 4, codes, loss); });
+    return refusal(
+        [&] { gptq(w, factor, order, grid.scales, grid.zeros, 4, {4, {}, {}}, codes, loss); });
   };
   CHECK(refuse(r).empty());
   CHECK(contains(refuse(small), "R must be 8 x 8 to match W (3 x 8), got 7 x 7"));
@@ -140,12 +142,12 @@ void refusals() {
 }
 
 void awq_of(const Size& size) {
-  const FitSettings settings{3, size.group, false};
+  const FitSettings settings{{3, {}, {}}, size.group, false};
   const RowMajor<float> w = normal(size.n, size.k, 5);
   const RowMajor<double> h = hessian(size.k, 6);
-  const Grid grid = grid_of(w, settings);
+  const Chosen grid = grid_of(w, settings);
   RowMajor<std::uint8_t> codes(size.n, size.k);
-  encode(w, grid.scales, grid.zeros, size.group, 3, codes);
+  encode(w, grid.scales, grid.zeros, size.group, {3, {}, {}}, codes);
   const RowMajor<double> e = error_of(w, codes, grid, size.group);
   const double exact = (e * h).cwiseProduct(e).sum();
   const double limit = (static_cast<double>(size.k) + 4.0) * kUnit *
@@ -159,7 +161,7 @@ void awq_of(const Size& size) {
   });
   CHECK(losses[0] == losses[2] && std::abs(losses[0] - exact) <= limit);
   Vector<float> factors = Vector<float>::Constant(1, 1.0F);
-  Grid clipped = grid;
+  Chosen clipped = grid;
   clipped.scales.setZero();
   awq_clip(w, h, settings, factors, clipped.scales, clipped.zeros);
   CHECK(clipped.scales == grid.scales && clipped.zeros == grid.zeros);
@@ -177,7 +179,7 @@ void linear_of(const Size& size, Index t) {
     return out;
   });
   RowMajor<float> values(size.n, size.k);
-  decode(codes, scales, zeros, size.group, values);
+  decode(codes, scales, zeros, size.group, {}, values);
   const RowMajor<double> exact = x.cast<double>() * values.cast<double>().transpose();
   const RowMajor<double> bound =
       x.cast<double>().cwiseAbs() * values.cast<double>().cwiseAbs().transpose();
@@ -198,9 +200,10 @@ void solve() {
 
 void awq() {
   for (const Size& size : kSizes) awq_of(size);
-  Grid grid = grid_of(normal(2, 8, 1), {4, 8});
-  const std::string text = refusal(
-      [&] { awq_clip(normal(2, 8, 1), hessian(8, 1), {4, 8}, kNone, grid.scales, grid.zeros); });
+  Chosen grid = grid_of(normal(2, 8, 1), {{4, {}, {}}, 8});
+  const std::string text = refusal([&] {
+    awq_clip(normal(2, 8, 1), hessian(8, 1), {{4, {}, {}}, 8}, kNone, grid.scales, grid.zeros);
+  });
   CHECK(contains(text, "factors must have at least 1 entry"));
 }
 

@@ -35,7 +35,7 @@ void cross_of(Index t, Index k) {
     cross_f32(before, x, sum);
     return sum;
   });
-  const RowMajor<double> wide = x.cast<double>(), d = before.cast<double>();
+  const RowMajor<double> wide = x.cast<double>(), d = (before - x).cast<double>();
   const RowMajor<double> exact = d.transpose() * wide;
   const RowMajor<double> size = d.cwiseAbs().transpose() * wide.cwiseAbs();
   const double chain = static_cast<double>(std::min<Index>(t, 512)) * kUnit;

@@ -26,13 +26,30 @@ def fma(a, b, c, fused=True):
     return np.where(even & (lost != 0), odd, total).astype(np.float32)
 
 
+def nearest(x, z, top, table=None):
+    """Code and level (value over scale) nearest to x: of the integers up to top around z, or of a
+    table (levels, middles) the level with as many middles below x."""
+    if table is None:
+        code = np.clip(np.rint(x) + z, 0, top)
+        return code, code - z
+    code = np.searchsorted(np.float32(table[1]), x)
+    return code, np.float32(table[0])[code]
+
+
 def per_column(values, k, group):
     """The scale or zero point of each column: (n, G) to (n, k)."""
     return np.asarray(values, np.float32)[:, np.arange(k) // group]
 
 
 def to_grid(s, scale_grid):
-    """Scales as stored: bf16 or fp16 values that are normal in fp16, or fp32."""
+    """Scales as stored: bf16 or fp16 values that are normal in fp16, fp32, powers of two, e4m3."""
+    if scale_grid == "e8m0":  # ties to the power of two with the even exponent
+        mantissa, exponent = np.frexp(np.asarray(s, np.float32))
+        up = (mantissa > 0.75) | ((mantissa == 0.75) & (exponent % 2 != 0))
+        return np.ldexp(np.float32(1), exponent - 1 + up)
+    if scale_grid == "e4m3":
+        stored = np.clip(s, 2.0**-6, 448.0).astype(ml_dtypes.float8_e4m3fn)
+        return stored.astype(np.float32)
     dtype, smallest, largest = {
         "bf16": (ml_dtypes.bfloat16, 2.0**-14, 65280.0),
         "fp16": (np.float16, 2.0**-14, 65504.0),

@@ -1,10 +1,11 @@
-"""w = (code - z) s, in float32."""
+"""w = (code - z) s, in float32; of a table level[code] s."""
 
 import numpy as np
 
 from ref import per_column
 
 
-def decode(codes, scales, zeros, group):
+def decode(codes, scales, zeros, group, table=None):
     s, z = per_column(scales, codes.shape[1], group), per_column(zeros, codes.shape[1], group)
-    return (codes.astype(np.float32) - z) * s
+    level = codes.astype(np.float32) - z if table is None else np.float32(table[0])[codes]
+    return level * s

@@ -5,32 +5,43 @@ symmetric:  z = 2^(b-1) = h, s0 = max|w| / (h - 1); search: s0 = max(max w / (h 
 asymmetric: lo = min(0, min w), hi = max(0, max w), or -1, 1 where both are 0;
             s0 = (hi - lo) / top, top = 2^b - 1; z = clamp(rint(-lo p / s) + d, zero_min, top),
             search: d 0, -1, 1, -2, ...
+tables:     as symmetric with the ends of the table for h - 1 and h, z = 0; where scales are powers
+            of two, s0 and the ends are rounded down to one
 The first candidate with the least sum_j weight_j |w_j - (c_j - z) s|^power wins.
 """
 
 import numpy as np
 
-from ref import to_grid
+from ref import nearest, to_grid
 
 
-def candidates(w, bits, symmetric, zero_min, scale_grid, factors, span, negative, search):
+def symmetric_candidates(lo, hi, bits, scale_grid, factors, negative, search, table):
+    half = np.float32(2 ** (bits - 1))
+    above, below, zero = max(half - 1, np.float32(1)), half, half
+    if table is not None:
+        above, below, zero = np.float32(table[0][-1]), np.float32(-table[0][0]), np.float32(0)
+    power = scale_grid == "e8m0"
+    if power and table is not None:
+        above, below = (np.exp2(np.floor(np.log2(x))) for x in (above, below))
+    starts = []
+    for up, down in [(hi, -lo), (-lo, hi)] if negative else [(hi, -lo)]:
+        s0 = np.maximum(up / above, down / below) if search else np.maximum(up, down) / above
+        s0 = np.where(s0 > 0, s0, np.float32(1))
+        starts.append(np.exp2(np.floor(np.log2(s0))) if power else s0)
+    signed = list(zip((1, -1), starts, strict=False))
+    scales = [sign * to_grid(s0 * p, scale_grid) for p in factors for sign, s0 in signed]
+    return [(s.astype(np.float32), np.full_like(s, zero)) for s in scales]
+
+
+def candidates(
+    w, bits, symmetric, zero_min, scale_grid, factors, span, negative, search, table=None
+):
     """(s, z) of every candidate, in the order in which they are tried."""
-    top, half = np.float32(2**bits - 1), np.float32(2 ** (bits - 1))
     lo, hi = w.min(1, initial=0.0), w.max(1, initial=0.0)
     if symmetric:
-        below = max(half - 1, np.float32(1))
-        starts = [(hi, -lo), (-lo, hi)] if negative else [(hi, -lo)]
-        if search:
-            starts = [np.maximum(up / below, down / half) for up, down in starts]
-        else:
-            starts = [np.maximum(up, down) / below for up, down in starts]
-        starts = [np.where(s0 > 0, s0, np.float32(1)) for s0 in starts]
-        scales = [
-            sign * to_grid(s0 * p, scale_grid)
-            for p in factors
-            for sign, s0 in zip((1, -1), starts, strict=False)
-        ]
-        return [(s.astype(np.float32), np.full_like(s, half)) for s in scales]
+        side = (bits, scale_grid, factors, negative, search, table)
+        return symmetric_candidates(lo, hi, *side)
+    top = np.float32(2**bits - 1)
     lo, hi = np.where(lo == hi, -1, lo), np.where(lo == hi, 1, hi)
     shifts = [0] + [sign * d for d in range(1, span + 1) for sign in (-1, 1)] if search else [0]
     tried = []
@@ -40,12 +51,11 @@ def candidates(w, bits, symmetric, zero_min, scale_grid, factors, span, negative
     return tried
 
 
-def fit_group(w, weight, bits, symmetric, zero_min, scale_grid, power, factors, search):
+def fit_group(w, weight, bits, symmetric, zero_min, scale_grid, power, factors, search, table=None):
     top, losses = np.float32(2**bits - 1), []
-    tried = candidates(w, bits, symmetric, zero_min, scale_grid, factors, 1, False, search)
+    tried = candidates(w, bits, symmetric, zero_min, scale_grid, factors, 1, False, search, table)
     for s, z in tried:
-        code = np.clip(np.rint(w / s[:, None]) + z[:, None], 0, top)
-        error = w - (code - z[:, None]) * s[:, None]
+        error = w - nearest(w / s[:, None], z[:, None], top, table)[1] * s[:, None]
         loss = error * error if power == 2.0 else np.abs(error, dtype=np.float64) ** power
         losses.append(np.add.accumulate(loss * weight, 1)[:, -1])
     best = np.argmin(losses, 0), np.arange(len(w))
@@ -53,9 +63,11 @@ def fit_group(w, weight, bits, symmetric, zero_min, scale_grid, power, factors, 
     return scales, zeros.astype(np.uint8)
 
 
-def fit(W, weight, bits, group, symmetric, zero_min, scale_grid, power, factors, search):
+def fit(
+    W, weight, bits, group, symmetric, zero_min, scale_grid, power, factors, search, table=None
+):
     weight = np.ones(W.shape[1], np.float32) if weight is None else weight
-    common = (bits, symmetric, zero_min, scale_grid, power, factors, search)
+    common = (bits, symmetric, zero_min, scale_grid, power, factors, search, table)
     starts = range(0, W.shape[1], group)
     groups = [fit_group(W[:, i : i + group], weight[i : i + group], *common) for i in starts]
     scales, zeros = zip(*groups, strict=True)

@@ -6,18 +6,18 @@ a_j += e_p R_pj for j > p,  loss = sum_p (R_pp (t_p - q_p))^2.
 
 import numpy as np
 
-from ref import fma, per_column
+from ref import fma, nearest, per_column
 
 
-def gptq(W, R, order, scales, zeros, group, bits, fused=True):
+def gptq(W, R, order, scales, zeros, group, bits, fused=True, table=None):
     n, k = W.shape
     s, z = per_column(scales, k, group), per_column(zeros, k, group)
     codes, loss, A = np.zeros((n, k), np.uint8), np.zeros(n), np.zeros((n, k), np.float32)
     for p, column in enumerate(order):
         w, scale, zero = W[:, column], s[:, column], z[:, column]
         t = w + A[:, p] / R[p, p]
-        code = np.clip(np.rint(t / scale) + zero, 0, 2**bits - 1)
-        q = (code - zero) * scale
+        code, level = nearest(t / scale, zero, 2**bits - 1, table)
+        q = level * scale
         codes[:, column] = code
         loss += np.float64(R[p, p] * (t - q)) ** 2
         A[:, p + 1 :] = fma((w - q)[:, None], R[p, p + 1 :], A[:, p + 1 :], fused)

@@ -7,11 +7,11 @@ is run through the group's own recursion; the first with the least float32 loss 
 
 import numpy as np
 
-from ref import fma
+from ref import fma, nearest
 from ref.fit import candidates
 
 
-def inside(w, a, R, s, z, top, fused):
+def inside(w, a, R, s, z, top, fused, table=None):
     """Errors, codes and losses of one group's columns; s None: nothing is rounded."""
     a, e, loss = a.copy(), np.zeros_like(w), np.zeros(len(w), np.float32)
     codes = np.zeros(w.shape, np.uint8)
@@ -19,8 +19,8 @@ def inside(w, a, R, s, z, top, fused):
         t = w[:, p] + a[:, p] / R[p, p]
         value = t
         if s is not None:
-            code = np.clip(np.rint(t / s) + z, 0, top)
-            value, codes[:, p] = (code - z) * s, code
+            codes[:, p], level = nearest(t / s, z, top, table)
+            value = level * s
             residual = R[p, p] * (t - value)
             loss = loss + residual * residual
         e[:, p] = w[:, p] - value
@@ -29,7 +29,7 @@ def inside(w, a, R, s, z, top, fused):
 
 
 def gptq_search(
-    W, R, order, group, bits, symmetric, zero_min, grid, factors, span, negative, fused
+    W, R, order, group, bits, symmetric, zero_min, grid, factors, span, negative, fused, table=None
 ):
     (n, k), top = W.shape, np.float32(2**bits - 1)
     scales, zeros = np.zeros((2, n, -(-k // group)), np.float32)
@@ -40,12 +40,13 @@ def gptq_search(
         here = slice(first, first + min(group, k - g * group))
         w, a, r = W[:, order[here]], A[:, here], R[here, here]
         u = w - inside(w, a, r, None, None, top, fused)[0]
-        tried = candidates(u, bits, symmetric, zero_min, grid, factors, span, negative, True)
-        losses = [inside(w, a, r, s, z, top, fused)[2] for s, z in tried]
+        kind = (bits, symmetric, zero_min, grid)
+        tried = candidates(u, *kind, factors, span, negative, True, table)
+        losses = [inside(w, a, r, s, z, top, fused, table)[2] for s, z in tried]
         best = np.argmin(losses, 0), np.arange(n)
         s, z = (np.array(part)[best] for part in zip(*tried, strict=True))
         scales[:, g], zeros[:, g] = s, z
-        e, codes[:, order[here]], lost = inside(w, a, r, s, z, top, fused)
+        e, codes[:, order[here]], lost = inside(w, a, r, s, z, top, fused, table)
         loss += lost
         for p in range(w.shape[1]):
             A[:, here.stop :] = fma(

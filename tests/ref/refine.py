@@ -9,7 +9,7 @@ A row rests after a c that, like its last l, gained no more than tolerance of it
 
 import numpy as np
 
-from ref import fma, per_column, to_grid
+from ref import fma, nearest, per_column, to_grid
 
 
 def chain(a, b, fused):
@@ -26,15 +26,15 @@ def damped(H, dead, damping):
     return np.where(live, H + damping * np.eye(len(H)), alone).astype(np.float32)
 
 
-def descend(level, g, Hd, s, z, top, active, fused):
+def descend(level, g, Hd, s, z, top, active, fused, table):
     gain, zero = np.zeros(len(level), np.float32), np.float32(0)
     for p, h in enumerate(Hd):
         old = level[:, p] * s[:, p]
-        code = np.clip(np.rint((old + g[:, p] / h[p]) / s[:, p]) + z[:, p], 0, top)
-        d = old - (code - z[:, p]) * s[:, p]
+        new = nearest((old + g[:, p] / h[p]) / s[:, p], z[:, p], top, table)[1]
+        d = old - new * s[:, p]
         won = -d * (np.float32(2) * g[:, p] + d * h[p])
         better = (won > 0) & active
-        level[:, p] = np.where(better, code - z[:, p], level[:, p])
+        level[:, p] = np.where(better, new, level[:, p])
         gain = gain + np.where(better, won, zero)
         g[:] = fma(np.where(better, d, zero)[:, None], h, g, fused)
     return gain
@@ -59,24 +59,32 @@ def rescale(level, g, Hd, scales, group, grid, active, fused):
     return gain
 
 
-def refine(
-    W, H, dead, damping, group, bits, grid, pattern, tolerance, codes, scales, zeros, fused=True
-):
-    k, scales, Hd = W.shape[1], scales.copy(), damped(H, dead, damping)
-    z = per_column(zeros, k, group)
-    level = codes - z
-    e = W - level * per_column(scales, k, group)
+def start(W, Hd, codes, scales, z, group, table, fused):
+    """Levels and g."""
+    level = codes - z if table is None else np.float32(table[0])[codes]
+    e = W - level * per_column(scales, W.shape[1], group)
     g = chain(e[:, None], Hd.T[None], fused)
-    loss, active = np.sum(np.float64(e) * g, 1), np.ones(len(W), bool)
+    return level, g, np.sum(np.float64(e) * g, 1)
+
+
+def refine(
+    W, H, dead, damping, group, bits, grid, pattern, tolerance, codes, scales, zeros, fused=True,
+    table=None,
+):  # fmt: skip
+    k, scales, Hd = W.shape[1], scales.copy(), damped(H, dead, damping)
+    z, top = per_column(zeros, k, group), 2**bits - 1
+    level, g, loss = start(W, Hd, codes, scales, z, group, table, fused)
+    active = np.ones(len(W), bool)
     resting = {"c": ~active, "l": ~active}
     for name in pattern:
         if name == "c":
-            side = per_column(scales, k, group), z, 2**bits - 1
-            gain = descend(level, g, Hd, *side, active, fused)
+            s = per_column(scales, k, group)
+            gain = descend(level, g, Hd, s, z, top, active, fused, table)
         else:
             gain = rescale(level, g, Hd, scales, group, grid, active, fused)
         resting[name] = gain <= tolerance * loss
         loss = loss - gain
         if name == "c":
             active &= ~(resting["c"] & resting["l"])
-    return (level + z).astype(np.uint8), scales
+    codes = level + z if table is None else np.searchsorted(np.float32(table[0]), level)
+    return codes.astype(np.uint8), scales

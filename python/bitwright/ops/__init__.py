@@ -18,12 +18,14 @@ from bitwright.ops.codes import SEARCH_FACTORS as SEARCH_FACTORS
 from bitwright.ops.codes import decode as decode
 from bitwright.ops.codes import encode as encode
 from bitwright.ops.codes import fit as fit
+from bitwright.ops.codes import global_scale as global_scale
 from bitwright.ops.codes import pack as pack
 from bitwright.ops.codes import qlinear as qlinear
 from bitwright.ops.codes import unpack as unpack
 from bitwright.ops.solve import CLIP_FACTORS as CLIP_FACTORS
 from bitwright.ops.solve import DAMPING_ATTEMPTS as DAMPING_ATTEMPTS
 from bitwright.ops.solve import FEEDBACK_FACTORS as FEEDBACK_FACTORS
+from bitwright.ops.solve import POWER_FACTORS as POWER_FACTORS
 from bitwright.ops.solve import awq_clip as awq_clip
 from bitwright.ops.solve import awq_scale as awq_scale
 from bitwright.ops.solve import drift as drift

@@ -65,6 +65,12 @@ def bits(what: str, bits: int) -> int:
     return bits
 
 
+def core_grid(scheme: Scheme) -> _core.Grid:
+    grid = scheme.grid
+    levels = [] if grid.uniform else list(grid.values)
+    return _core.Grid(bits=grid.bits, levels=levels, middles=list(grid.middles))
+
+
 def fit_settings(
     scheme: Scheme,
     k: int,
@@ -72,17 +78,17 @@ def fit_settings(
     power: float = 2.0,
     zero_span: int = 1,
     negative: bool = False,
+    global_scale: float = 1.0,
 ) -> _core.FitSettings:
-    if not scheme.grid.uniform:
-        raise InputError(f"[ops] wanted a scheme on an integer grid, got {scheme.name}")
     if k == 0:
         raise InputError("[ops] wanted a matrix with at least one column, got none")
     return _core.FitSettings(
-        bits=scheme.bits,
+        grid=core_grid(scheme),
         group=scheme.columns(k),
         symmetric=scheme.symmetric,
         zero_min=scheme.zero_min,
         scale_grid=scheme.scale,
+        global_scale=global_scale,
         power=power,
         search=search,
         zero_span=zero_span,

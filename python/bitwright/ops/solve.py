@@ -9,12 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright import _core
-from bitwright.ops.arrays import fit_settings, matrix, parts, vector
+from bitwright.ops.arrays import core_grid, fit_settings, matrix, parts, vector
+from bitwright.ops.codes import global_scale
 from bitwright.spec import F32, F64, U8, InputError, NumericalError, QTensor, Scheme
 
 FEEDBACK_FACTORS: F32 = np.array(
     [1.0, *(f / 1000 for f in range(1050, 449, -25) if f != 1000)], np.float32
 )
+POWER_FACTORS: F32 = np.array([1.0, 2.0, 0.5], np.float32)
 CLIP_FACTORS: F32 = np.linspace(1.0, 0.5, 21, dtype=np.float32)
 DAMPING_ATTEMPTS = 6
 DAMPING_STEP = 1e-3  # the ladder of damping 0 goes on with ten times this
@@ -57,7 +59,13 @@ def factor(
 
 
 def gptq(
-    W: F32, R: F32, order: npt.NDArray[np.int32], scales: F32, zeros: U8, scheme: Scheme
+    W: F32,
+    R: F32,
+    order: npt.NDArray[np.int32],
+    scales: F32,
+    zeros: U8,
+    scheme: Scheme,
+    whole: float | None = None,
 ) -> tuple[QTensor, F64]:
     """Rounds W (n, k) with error feedback on given scales; R and order as from `factor`.
 
@@ -68,9 +76,9 @@ def gptq(
     codes, loss = np.empty(W.shape, np.uint8), np.empty(W.shape[0], np.float64)
     group = scheme.columns(W.shape[1])
     _core.gptq(
-        W, R, vector("gptq", order, np.int32), scales, zeros, group, scheme.bits, codes, loss
+        W, R, vector("gptq", order, np.int32), scales, zeros, group, core_grid(scheme), codes, loss
     )
-    return QTensor(codes, scales, zeros, scheme), loss
+    return QTensor(codes, scales, zeros, scheme, whole or global_scale(W, scheme)), loss
 
 
 def gptq_search(
@@ -79,27 +87,34 @@ def gptq_search(
     order: npt.NDArray[np.int32],
     scheme: Scheme,
     *,
-    factors: F32 = FEEDBACK_FACTORS,
+    factors: F32 | None = None,
     zero_span: int = 1,
     negative: bool = False,
+    whole: float | None = None,
 ) -> tuple[QTensor, F64]:
-    """`gptq` with scales and zero points chosen inside the sweep (solver.md 6.3).
+    """`gptq` with scales and zero points chosen inside the sweep (docs/solver.md 6.3).
 
     For each row and group the candidate with the least loss after the group's own feedback: scales
     factor times the one that spans the group's targets, as stored; zero points z0 - zero_span ..
     z0 + zero_span; negative: scales of either sign where the scheme is symmetric. `order` must keep
-    groups together.
+    groups together. factors: None for FEEDBACK_FACTORS, of powers of two POWER_FACTORS. whole: the
+    global scale of "e4m3" scales (None: that of W).
     """
+    if factors is None:
+        factors = POWER_FACTORS if scheme.scale == "e8m0" else FEEDBACK_FACTORS
     W, R = matrix("gptq_search", W, np.float32), matrix("gptq_search", R, np.float32)
     n, k = W.shape
     scales = np.empty((n, scheme.groups(k)), np.float32)
     zeros = np.empty(scales.shape, np.uint8)
     codes, loss = np.empty(W.shape, np.uint8), np.empty(n, np.float64)
-    settings = fit_settings(scheme, k, True, zero_span=zero_span, negative=negative)
+    whole = whole or global_scale(W, scheme)
+    settings = fit_settings(
+        scheme, k, True, zero_span=zero_span, negative=negative, global_scale=whole
+    )
     columns = vector("gptq_search", order, np.int32)
     factors = vector("gptq_search", factors, np.float32)
     _core.gptq_search(W, R, columns, settings, factors, scales, zeros, codes, loss)
-    return QTensor(codes, scales, zeros, scheme), loss
+    return QTensor(codes, scales, zeros, scheme, whole), loss
 
 
 def refine(
@@ -122,16 +137,16 @@ def refine(
     dead = np.zeros(k, np.bool_) if dead is None else vector("refine", dead, np.bool_)
     codes, scales, zeros, _ = parts("refine", q)
     codes, scales, loss = codes.copy(), scales.copy(), np.empty(n, np.float64)
-    settings = fit_settings(q.scheme, k, False)
+    settings = fit_settings(q.scheme, k, False, global_scale=q.global_scale)
     _core.refine(
         W, H, dead.view(np.uint8), damping, settings, pattern, tolerance, scales, zeros, codes, loss
     )
-    return QTensor(codes, scales, zeros, q.scheme), loss
+    return QTensor(codes, scales, zeros, q.scheme, q.global_scale), loss
 
 
 def drift(W: F32, C: F64, R: F32, order: npt.NDArray[np.int32]) -> F32:
     """W C (R R^T)^-1 (n, k): what inputs that drifted by C = (X - X')^T X' / tokens ask of W
-    (solver.md 9). C (k, k) in natural order; R and order as from `factor`."""
+    (docs/solver.md 9). C (k, k) in natural order; R and order as from `factor`."""
     W, C = matrix("drift", W, np.float32), matrix("drift", C, np.float64)
     delta = np.empty(W.shape, np.float32)
     R, columns = matrix("drift", R, np.float32), vector("drift", order, np.int32)

@@ -27,7 +27,7 @@ def gram(X: npt.NDArray[Any], H: F64) -> None:
 
 
 def cross(before: npt.NDArray[Any], X: npt.NDArray[Any], C: F64) -> None:
-    """C += before^T X in place, C (k, k); before and X (t, k) of one dtype, as for `gram`."""
+    """C += (before - X)^T X in place, C (k, k); before and X (t, k) of one dtype, as for `gram`."""
     before, X = floats("cross", before), floats("cross", X)
     if before.dtype != X.dtype:
         raise InputError(f"[cross] wanted both inputs of one dtype, got {before.dtype}, {X.dtype}")
@@ -71,12 +71,16 @@ def energy(x: F32) -> float:
     return float(np.einsum("ij,ij->", x, x, dtype=np.float64))
 
 
-def relative_error(W: F32, q: QTensor, H: F64 | None = None, size: float | None = None) -> float:
-    """tr(E H E^T) / tr(W H W^T) with E = W - Q; H = I where there is none. 0 for a zero matrix.
-
-    size: tr(W H W^T), where it is known."""
-    E = W - decode(q)
-    error = energy(E) if H is None else quadratic(E, H)
-    if size is None:
-        size = energy(W) if H is None else quadratic(W, H)
+def relative_error(W: F32, q: QTensor, H: F64 | None = None) -> float:
+    """tr(E H E^T) / tr(W H W^T) with E = W - Q; H = I where there is none, (B, k, k) for B equal
+    blocks of rows. 0 for a zero matrix."""
+    error, size = _energy(W - decode(q), H), _energy(W, H)
     return error / size if size > 0 else 0.0
+
+
+def _energy(E: F32, H: F64 | None) -> float:
+    if H is None:
+        return energy(E)
+    blocks = H.reshape(-1, *H.shape[-2:])
+    rows = len(E) // len(blocks)
+    return sum(quadratic(E[b * rows : (b + 1) * rows], part) for b, part in enumerate(blocks))
