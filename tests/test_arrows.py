@@ -36,7 +36,7 @@ ARROWS = {
     "job": RESULT | {"calib"},
     "fingerprint": {"ops", "job"},
     "solving": {"spec", "registry", "recipe", "solvers", "transforms", "job", "spool"},
-    "plan": {"spec", "ops", "calib", "job"},
+    "plan": {"spec", "ops", "calib", "job", "recipe", "solvers"},
     "evaluate": {"spec", "registry", "files", "formats", "calib", "progress"},
     "inspection": {"spec", "registry", "files", "formats", "report", "papers"},
     "conversion": RESULT | {"calib", "job", "report", "export", "papers"},

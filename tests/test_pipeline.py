@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -67,7 +68,10 @@ def test_every_architecture_quantizes_reads_back_and_generates(checkpoints, tmp_
         return
     report = quantize(base, out, format=fmt, strict=True)
     assert {linear.method for linear in report.linears} == {"gptq"}
-    assert all(linear.tokens == IDS.size for linear in report.linears)
+    mixed = {linear.name: linear.heads for linear in report.linears if linear.heads}
+    assert len(mixed) == len({re.search(r"\.(\d+)\.", x.name)[1] for x in report.linears})
+    assert all(linear.tokens == IDS.size for linear in report.linears if not linear.heads)
+    assert all(linear.tokens > 0 for linear in report.linears)
     errors = np.array([[linear.error, linear.error_rtn] for linear in report.linears])
     assert errors[:, 0].sum() < errors[:, 1].sum()
     model = loaded(out, base)

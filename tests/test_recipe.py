@@ -61,7 +61,11 @@ def test_the_first_match_wins_and_unused_patterns_are_told():
         ({"samples": 0}, InputError, r"at least 1 sample"),
         ({"scheme": "int4"}, RefusedError, r"wanted <grid>-g<group>"),
         ({"method": "magic"}, RefusedError, r"a method of rtn, gptq, awq, awq\+gptq, got 'magic'"),
-        ({"format": "gguf"}, RefusedError, r"a format of compressed-tensors, gptq, got 'gguf'"),
+        (
+            {"format": "gguf"},
+            RefusedError,
+            r"a format of compressed-tensors, gptq, bitwright, got 'gguf'",
+        ),
         ({"options": {"dampnig": 0.1}}, InputError, r"damping, order, scales.*got dampnig"),
         ({"method": "rtn", "options": {"damping": 0.1}}, InputError, r"scales.*got damping"),
     ],

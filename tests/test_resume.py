@@ -36,7 +36,8 @@ def contents(folder):
 
 
 def undisturbed(server, out, method):
-    """Contents and seconds of a run that nobody kills; the second one is timed."""
+    """Contents and seconds of a run that nobody kills, the shorter of two."""
+    seconds = float("inf")
     for _ in range(2):
         shutil.rmtree(out, ignore_errors=True)
         begin = time.perf_counter()
@@ -44,7 +45,8 @@ def undisturbed(server, out, method):
         process.start()
         process.join()
         assert process.exitcode == 0
-    return contents(out), time.perf_counter() - begin
+        seconds = min(seconds, time.perf_counter() - begin)
+    return contents(out), seconds
 
 
 def killed(server, out, method, after):
@@ -64,8 +66,8 @@ def test_kill_at_random_points_and_resume(server, tmp_path, method):
     shutil.rmtree(out)
     rng = np.random.default_rng(SEED)
     landed, midway = 0, 0
-    for kill in range(KILLS):
-        after = seconds * (kill + rng.random()) / KILLS
+    for kill in range(4 * KILLS):  # on a busy machine some come too late
+        after = seconds * (kill % KILLS + rng.random()) / KILLS
         if killed(server, out, method, after):
             landed += 1
             midway += work.exists()
@@ -77,6 +79,8 @@ def test_kill_at_random_points_and_resume(server, tmp_path, method):
         assert contents(out) == want, f"killed after {after:.3f} of {seconds:.3f} s"
         shutil.rmtree(work, ignore_errors=True)  # killed behind the rename: it is not needed
         shutil.rmtree(out)
+        if landed >= 10 and midway >= 5:
+            break
     assert landed >= 10
     assert midway >= 5
 

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,9 @@ from bitwright.matrix import quantize_matrix
 from bitwright.spec import InputError, QTensor, Report, Scheme
 from problems import FUSED, UNIT, hessian, inputs, random_codes, rng, stats, threads, weights
 from ref.gptq import gptq
+from ref.gptq_search import gptq_search
 from ref.quadratic import quadratic
+from ref.refine import refine
 
 SOLVERS = registry.names("solvers")
 WITH_H = [name for name in SOLVERS if registry.get("solvers", name).NEEDS_H]
@@ -32,6 +35,10 @@ SCHEMES = [
     "int4-g1",
     "int4-tensor",
     "int8-g32-asym",
+    "fp4-g16",
+    "nf4-g64",
+    "mxfp4",
+    "nvfp4",
 ]
 
 
@@ -50,10 +57,15 @@ def same(a: QTensor, b: QTensor) -> bool:
 
 def sound(q: QTensor, report: Report) -> None:
     """What holds for every result, however hard the problem was."""
-    assert q.codes.max() < 2**q.scheme.bits
+    assert q.codes.max() < len(q.scheme.grid.values)
     assert q.zeros.max() < 2**q.scheme.bits
-    assert np.all((q.scales >= 2.0**-14) & (q.scales <= 65280))
-    assert np.array_equal(q.scales.view(np.uint32) & 0xFFFF, np.zeros(q.scales.shape))
+    assert np.all(q.scales > 0)
+    stored = q.scales * np.float32(q.global_scale)
+    kind = {"bf16": ml_dtypes.bfloat16, "e8m0": ml_dtypes.float8_e8m0fnu}
+    kind = kind.get(q.scheme.scale, ml_dtypes.float8_e4m3fn)
+    assert np.allclose(stored.astype(kind).astype(np.float32), stored, rtol=1e-6, atol=0)
+    if q.scheme.scale == "bf16":
+        assert np.all((q.scales >= 2.0**-14) & (q.scales <= 65280))
     assert np.isfinite(q.dequantize()).all()
     numbers = [v for v in report.to_dict().values() if isinstance(v, float)]
     assert all(math.isfinite(v) and v >= 0 for v in numbers)
@@ -84,15 +96,32 @@ def test_uncorrelated_inputs_give_plain_rounding(name: str, scheme: str, size: f
     "scheme", ["int2-g16-asym", "int3-channel-asym", "int4-g64", "int8-g32-asym"]
 )
 @pytest.mark.parametrize("k", [1, 47, 48, 49, 96, 100, 150])
+@pytest.mark.parametrize("effort", ["fast", "default"])
 @pytest.mark.parametrize("name", WITH_H)
-def test_block_size_changes_nothing(name: str, k: int, scheme: str) -> None:
-    """Against the twin, which has no blocks: equal codes. A new solver adds its twin here."""
-    twin = {"gptq": gptq}[name]
+def test_block_size_changes_nothing(name: str, effort: str, k: int, scheme: str) -> None:
+    """Against the twins, which have no blocks: equal codes. A new solver adds its twin here."""
+    twin = {"gptq": {"fast": swept, "default": searched_and_refined}}[name][effort]
     W, s, H = weights(31, k), schemes.parse(scheme), hessian(k)
-    q, _ = solve(name, W, H, s)
-    p = registry.get("solvers", name).prepare(stats(H), s)
-    codes, _ = twin(W, p.R, p.order, q.scales, q.zeros, s.columns(k), s.bits, FUSED)
-    assert np.array_equal(q.codes, codes)
+    solver = registry.get("solvers", name)
+    q, _ = solve(name, W, H, s, **solver.EFFORTS[effort])
+    assert same(q, twin(W, H, q, solver.prepare(stats(H), s)[0]))
+
+
+def swept(W: np.ndarray, _H: np.ndarray, q: QTensor, p: Any) -> QTensor:
+    """gptq on the scales of q."""
+    g, bits = q.scheme.columns(W.shape[1]), q.scheme.bits
+    codes, _ = gptq(W, p.R, p.order, q.scales, q.zeros, g, bits, FUSED)
+    return dataclasses.replace(q, codes=codes)
+
+
+def searched_and_refined(W: np.ndarray, H: np.ndarray, q: QTensor, p: Any) -> QTensor:
+    s = q.scheme
+    g, span = s.columns(W.shape[1]), 2 if s.bits < 3 else 1
+    side = (g, s.bits, s.symmetric, 0, s.scale, ops.FEEDBACK_FACTORS, span, False)
+    codes, scales, zeros, _ = gptq_search(W, p.R, p.order, *side, FUSED)
+    more = (g, s.bits, s.scale, "ccclclc", 1e-4)
+    codes, scales = refine(W, H, p.dead, p.added, *more, codes, scales, zeros, FUSED)
+    return QTensor(codes, scales, zeros, s)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -143,13 +172,14 @@ def test_thread_count_changes_nothing(name: str, scheme: str, n: int) -> None:
 def spanning(s: Scheme, n: int, k: int) -> QTensor:
     """Random codes whose groups reach both ends of the range that plain rounding would choose."""
     codes, scales, zeros = random_codes(n, k, s)
-    lowest = 1 if s.symmetric and s.bits > 1 else 0  # absmax spends no code below -max
+    integers = s.grid.uniform and s.symmetric and s.bits > 1
+    lowest = 1 if integers else 0  # absmax spends no code below -max
     codes = np.maximum(codes, lowest)
     for first in range(0, k, s.columns(k)):
-        codes[:, first], codes[:, min(first + 1, k - 1)] = lowest, 2**s.bits - 1
+        codes[:, first], codes[:, min(first + 1, k - 1)] = lowest, len(s.grid.values) - 1
     if s.group == -1:
         scales[:], zeros[:] = scales[0], zeros[0]
-    return QTensor(codes, scales, zeros, s)
+    return QTensor(codes, scales, zeros, s, 4096.0 if s.scale == "e4m3" else 1.0)
 
 
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "int4-g1"])
@@ -304,7 +334,7 @@ def test_a_solver_that_needs_h_says_so(name: str) -> None:
     ("name", "option"), [("gptq", "order"), ("gptq", "scales"), ("rtn", "scales")]
 )
 def test_unknown_options_are_refused_with_the_list(name: str, option: str) -> None:
-    with pytest.raises(InputError, match=rf"{option} must be \w+, \w+ or \w+, got 'none'"):
+    with pytest.raises(InputError, match=rf"{option} must be (\w+, )+\w+ or \w+, got 'none'"):
         solve(name, weights(3, 8), hessian(8), "int4-g8", **{option: "none"})
 
 
@@ -312,6 +342,8 @@ def test_unknown_options_are_refused_with_the_list(name: str, option: str) -> No
 def test_rtn_with_searched_scales_is_sound_and_better(scales: str) -> None:
     W, H = weights(40, 120), hessian(120)
     for scheme in SCHEMES:
+        if scales == "clip" and not schemes.parse(scheme).grid.uniform:
+            continue
         q, report = solve("rtn", W, H, scheme, scales=scales)
         sound(q, report)
         assert same(q, ops.encode(W, q.scales, q.zeros, q.scheme))

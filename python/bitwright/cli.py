@@ -82,6 +82,10 @@ SchemeName = Annotated[
 Method = Annotated[
     str | None, typer.Option("--method", help=f"{' | '.join(recipes.METHODS)}. [gptq]")
 ]
+Effort = Annotated[
+    str | None,
+    typer.Option("--effort", help="fast (plain GPTQ) | default | max (slower). [default]"),
+]
 Format = Annotated[
     str | None, typer.Option("--format", help="compressed-tensors | gptq. [compressed-tensors]")
 ]
@@ -157,6 +161,7 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     scheme: SchemeName = None,
     method: Method = None,
+    effort: Effort = None,
     format: Format = None,
     calibration: Calibration = None,
     samples: Samples = None,
@@ -180,6 +185,7 @@ def quantize(
         recipe,
         scheme=scheme,
         method=method,
+        effort=effort,
         format=format,
         samples=samples,
         length=length,
@@ -214,6 +220,7 @@ def plan_command(
     src: Source,
     scheme: SchemeName = None,
     method: Method = None,
+    effort: Effort = None,
     format: Format = None,
     calibration: Calibration = None,
     samples: Samples = None,
@@ -237,6 +244,7 @@ def plan_command(
         recipe,
         scheme=scheme,
         method=method,
+        effort=effort,
         format=format,
         samples=samples,
         length=length,

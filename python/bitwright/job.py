@@ -25,6 +25,7 @@ from bitwright.calib.skeleton import ForwardDtype, Skeleton, forward_dtype, long
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.spec import F32, Arch, Group, InputError, Linear, Recipe, RefusedError, Target
 
+COMPARED_TOKENS = 32768  # at 2 bits, KL with 8192 instead of 16384: .83 against .76
 TOKENS_PER_BATCH = 4096  # of one forward call: activations of a block stay in the megabytes
 
 
@@ -45,6 +46,25 @@ class Job:
     dtype: ForwardDtype
     threads: int
     batch: int
+
+    @property
+    def compare(self) -> int:
+        """The float model runs alongside so many of the batches, evenly spread."""
+        options = recipes.solver_options(self.recipe)
+        every = int(options.get("compare", 0)) if options.get("alpha") else 0
+        batches = -(-self.recipe.samples // self.batch)
+        least = -(-COMPARED_TOKENS // (self.batch * self.recipe.length))
+        return min(batches, max(-(-batches // every), least)) if every > 0 else 0
+
+    @property
+    def hold(self) -> bool:
+        """Whether the share of the drift is to be chosen on tokens that are counted apart."""
+        return recipes.solver_options(self.recipe).get("alpha") == "auto"
+
+    @property
+    def mix(self) -> int:
+        """Every so manieth query forms the attention-mixed inputs of v, 0: none does."""
+        return int(recipes.solver_options(self.recipe).get("attention", 0))
 
     @property
     def format(self) -> ModuleType:

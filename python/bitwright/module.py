@@ -224,5 +224,5 @@ def _solve(
     if not np.isfinite(W).all():
         raise InputError(f"[quantize] wanted finite weights, got NaN or infinity in {name}")
     solver = registry.get("solvers", recipe.method)
-    q, report = solver.solve(W, stats, scheme, **recipe.options)
+    q, report = solver.solve(W, stats, scheme, **recipes.solver_options(recipe))
     return q, replace(report, name=name, seconds=round(time.perf_counter() - begin, 4))

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import numpy.typing as npt
 import torch
 
 from bitwright import export, ops, papers, plan
-from bitwright.calib.capture import Capture
+from bitwright.calib.capture import Capture, Streams
 from bitwright.calib.data import Tokens, are_ids, collect, load_tokenizer, require_file
 from bitwright.calib.memory import trim
 from bitwright.calib.skeleton import ForwardDtype, as_tensor
@@ -75,6 +76,11 @@ class _Run:
         self.job, self.spool, self.progress, self.rerun = job, spool, progress, rerun
         self.clock = _Clock()
         self.notes: list[str] = []
+        self.steps = 0  # of the progress, left in this block
+
+    def step(self, count: int = 1) -> None:
+        self.steps -= count
+        self.progress.advance(count)
 
     def round_all(self) -> None:
         """Data-free: every linear on its own, no forward."""
@@ -91,37 +97,48 @@ class _Run:
         """Block by block on the calibration tokens (N, length), from where the spool stands."""
         skeleton = self.job.skeleton
         first, hidden = self._inputs(ids)
-        capture = Capture(skeleton, self.job.arch, partial(_Collector, self))
-        groups = [group for group in self.job.arch.groups if not group.inside_attention]
-        self.progress.start(
-            (skeleton.count - first) * len(groups) * len(hidden), "capture and solve"
-        )
+        capture = Capture(skeleton, self.job.arch, partial(_Collector, self), self.job.mix)
+        stages = capture.stages(first)
+        steps = len(hidden) * sum(bool(self.job.mix) or not g.inside_attention for g in stages)
+        self.progress.start((skeleton.count - first) * steps, "capture and solve")
         for block in range(first, skeleton.count):
+            self.steps = steps
             hidden = self._block(capture, block, hidden)
+            self.step(self.steps)
             if block + 1 < skeleton.count:
-                self.clock.timed("save", self.spool.save_hidden)(block + 1, asarrays(hidden))
+                self.clock.timed("save", self._save)(block + 1, hidden)
         self.notes += capture.notes
 
-    def _inputs(self, ids: npt.NDArray[np.int64]) -> tuple[int, list[torch.Tensor]]:
-        saved = self.spool.hidden()
+    def _save(self, block: int, hidden: list[Streams]) -> None:
+        self.spool.save_hidden(block, asarrays([h for streams in hidden for h in streams]))
+
+    def _inputs(self, ids: npt.NDArray[np.int64]) -> tuple[int, list[Streams]]:
+        """The first block to run and its inputs, of one stream or (quantized, float) per batch."""
+        saved, step = self.spool.hidden(), self.job.batch
+        starts = range(0, len(ids), step)
+        wide = min(self.job.compare, len(starts))
+        share = [-(-i * wide // len(starts)) for i in range(len(starts) + 1)]
+        widths = [1 + b - a for a, b in pairwise(share)]
         if saved is not None:
-            return saved[0], [as_tensor(array) for array in saved[1]]
-        step, skeleton = self.job.batch, self.job.skeleton
-        hidden = [skeleton.embed(ids[i : i + step]) for i in range(0, len(ids), step)]
+            found = iter(saved[1])
+            return saved[0], [tuple(as_tensor(next(found)) for _ in range(w)) for w in widths]
+        skeleton = self.job.skeleton
+        hidden = [
+            (skeleton.embed(ids[i : i + step]),) * width
+            for i, width in zip(starts, widths, strict=True)
+        ]
         skeleton.empty()
-        self.spool.save_hidden(0, asarrays(hidden))
+        self._save(0, hidden)
         return 0, hidden
 
-    def _block(
-        self, capture: Capture, block: int, hidden: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def _block(self, capture: Capture, block: int, hidden: list[Streams]) -> list[Streams]:
         solver = BlockSolver(self.job, self.spool, block, lambda _target: None)
         batches = len(hidden)
 
         def done(group: Group) -> Mapping[str, Any] | None:
             weights = solver.done(group)
-            if weights is not None and not group.inside_attention:
-                self.progress.advance(batches)
+            if weights is not None and (self.job.mix or not group.inside_attention):
+                self.step(batches)
             return weights
 
         inside = dict(self.clock.seconds)
@@ -154,19 +171,19 @@ class _Collector:
     runs.
     """
 
-    def __init__(self, run: _Run, k: int) -> None:
-        self.run, self.sums = run, StatsCollector(k)
+    def __init__(self, run: _Run, k: int, heads: int) -> None:
+        self.run, self.sums = run, StatsCollector(k, heads, hold=run.job.hold)
 
-    def update(self, x: Any) -> None:
-        self.run.clock.timed("statistics", self.sums.update)(x)
-        self.run.progress.advance()
+    def update(self, x: Any, drift_from: Any = None) -> None:
+        self.run.clock.timed("statistics", self.sums.update)(x, drift_from)
+        self.run.step()
 
     def finish(self) -> Stats:
         return self.sums.finish()
 
 
-def _require_finite(batches: list[torch.Tensor], where: str) -> None:
-    if not all(bool(torch.isfinite(batch).all()) for batch in batches):
+def _require_finite(batches: list[Streams], where: str) -> None:
+    if not all(bool(torch.isfinite(h).all()) for streams in batches for h in streams):
         raise InputError(f"[capture] wanted finite activations, got NaN or infinity behind {where}")
 
 

@@ -8,12 +8,14 @@ already:
               fit, the hidden states and one batch: the block then runs again for each group), H of
               that group (8 k^2 bytes for k inputs), and the larger of one batch's working space and
               of solving: 8 k^2 more (factor and R), 16 with AWQ (H of the scaled inputs too), and
-              for a matrix of n rows 14 n k (W, W - Q, Q and codes), 18 with AWQ (W scaled)
+              for a matrix of n rows 14 n k (W, W - Q, Q and codes), 18 with AWQ (W scaled). Where
+              drift is measured: the float model's share of hidden states and parked inputs, its
+              weights of the block, C beside H, and 4 n k for the target
     write     the largest tensor twice, as read and as written; a matrix, its codes, its packed form
 
 and a constant for stacks, libraries' scratch space and the heap. `calib.memory` counts activations.
 
-Time is the forward, the Gram sums and the solve by their operation counts (solver.md 2), at rates
+Time is the forward, the Gram sums and the solve by operation counts (docs/solver.md 2), at rates
 measured for a fraction of a second each.
 """
 
@@ -33,6 +35,8 @@ import torch
 from bitwright import ops
 from bitwright.calib.memory import parked_bytes, trim, working_bytes
 from bitwright.job import Job, open_job
+from bitwright.recipe import solver_of, solver_options
+from bitwright.solvers.gptq import PATTERN
 from bitwright.spec import Group, Recipe, Target
 
 SHARE = 0.8  # of the memory that is free now: what the run may take before it re-runs blocks
@@ -107,7 +111,9 @@ class _Sizes:
         self.tokens = 0 if job.recipe.method == "rtn" else job.recipe.samples * job.recipe.length
         self.batch = min(self.tokens, job.batch * job.recipe.length)
         self.hidden = job.targets[next(iter(job.targets))].shape[1]
-        self.stream = self.tokens * self.hidden * self.item
+        self.compared = job.compare / -(-job.recipe.samples // job.batch)  # share of the batches
+        self.streams = 1.0 + self.compared
+        self.stream = int(self.streams * self.tokens * self.hidden * self.item)
         self.shapes: dict[str, tuple[int, int]] = {}
         for target in job.targets.values():
             n, k = self.shapes.get(target.linear.name, (0, 0))
@@ -138,27 +144,34 @@ class _Sizes:
         most = 0
         for group in arch.groups:
             first = group.linears[0].name
-            held = parked[first] + (self.stream if rerun else 0)
-            H = 8 * self.shape(first)[1] ** 2
+            held = int(self.streams * parked[first]) + (self.stream if rerun else 0)
+            H = (16 if self.job.compare else 8) * self.shape(first)[1] ** 2
             most = max(most, held + H + max(working, self._solving(group)))
-        return weights * self.item + most
+        return weights * self.item * (2 if self.job.compare else 1) + most
 
     def _scores(self) -> int:
         """A mask, and where attention is the model's own, its scores: four of them in turn, two as
-        float32.
+        float32; v's mixed inputs, and the scores of one window's sampled queries thrice.
         """
         config = self.job.skeleton.model.config.get_text_config()
         capped = getattr(config, "attn_logit_softcapping", None) is not None
         heads = config.num_attention_heads if capped or _eager(config) else 0
         square = self.batch * self.job.recipe.length
-        return int(square * (1 + self.item) + heads * square * (2 * self.item + 8))
+        mixed = 0
+        if self.job.mix:
+            rows = config.num_attention_heads * self.job.recipe.length // self.job.mix
+            windows = self.batch // self.job.recipe.length
+            mixed = (
+                2 * windows * rows * self.hidden * self.item + 12 * rows * self.job.recipe.length
+            )
+        return int(square * (1 + self.item) + heads * square * (2 * self.item + 8)) + mixed
 
     def _solving(self, group: Group) -> int:
         """Beside H: factor, R or scaled H; one matrix in work, the others of the group dense."""
         sizes = [math.prod(self.shape(linear.name)) for linear in group.linears]
         k = self.shape(group.linears[0].name)[1]
         scaled = self.job.recipe.method.startswith("awq") and group.norm is not None
-        one = 18 if scaled else 14
+        one = (18 if scaled else 14) + (4 if self.job.compare else 0)
         return (16 if scaled else 8) * k * k + one * max(sizes) + 4 * (sum(sizes) - max(sizes))
 
     def rounding(self) -> int:
@@ -223,23 +236,47 @@ def _seconds(job: Job, sizes: _Sizes) -> float:
     dtype = torch.bfloat16 if job.dtype == "bfloat16" else torch.float32
     a, b = torch.ones(2048, k, dtype=dtype), torch.ones(k, k, dtype=dtype)
     forward = _rate(2 * 2048 * k * k, lambda: a @ b)
-    X, H = np.ones((1024, k), np.float32), np.zeros((k, k))
+    kind = ops.BFLOAT16 if job.dtype == "bfloat16" else np.dtype(np.float32)
+    X, W, H = np.ones((1024, k), kind), np.ones((256, k), np.float32), np.zeros((k, k))
     gram = _rate(1024 * k * k, lambda: ops.gram(X, H))
+    solving = _rate(256 * k * k, lambda: ops.quadratic(W, H))
     columns = [
         sizes.shape(group.linears[0].name)[1]
         for group in job.arch.groups
         if not group.inside_attention
     ]
-    per_block = sum(float(c) ** 2 for c in columns) * sizes.tokens
-    passes = 3.0 + (20.0 if job.recipe.method.startswith("awq") else 0.0)  # over H; AWQ: candidates
-    solve = sum(passes * n * c * c for n, c in (t.shape for t in job.targets.values()))
+    drift = 2.0 * sizes.compared
+    per_block = (1.0 + drift) * sum(float(c) ** 2 for c in columns) * sizes.tokens
+    if job.mix:
+        heads = job.skeleton.model.config.get_text_config().num_attention_heads
+        per_block += (1.0 + drift) * float(sizes.hidden) ** 2 * sizes.tokens * heads / job.mix
+    solve = sum(_passes(job, target) * math.prod(target.shape) for target in job.targets.values())
     attention = 4.0 * job.recipe.length * sizes.hidden * sizes.tokens * job.skeleton.count
     overhead = 1.6  # norms, attention's softmax, activation functions, casts: measured on SmolLM2
     return (
-        overhead * (2.0 * weights * sizes.tokens + attention) / forward
-        + (per_block * job.skeleton.count + solve) / gram
+        sizes.streams * overhead * (2.0 * weights * sizes.tokens + attention) / forward
+        + per_block * job.skeleton.count / gram
+        + solve / solving
         + io
     )
+
+
+def _passes(job: Job, target: Target) -> float:
+    """Multiply-adds of solving one matrix, per weight: products with all of H, its triangle half.
+
+    Sweep and error measures 1.5 k; AWQ's 20 candidates 10 k; refinement 1 k each pass and one at
+    the start, the drift's target 2 k; each candidate of the search half a group, and as much again
+    for rounding.
+    """
+    if target.scheme is None:
+        return 0.0
+    k, options = target.shape[1], solver_options(job.recipe)
+    passes = 1.5 + (10.0 if job.recipe.method.startswith("awq") else 0.0)
+    if options.get("scales", "feedback") != "feedback" or solver_of(job.recipe.method) == "rtn":
+        return passes * k
+    passes += 1.0 + len(str(options.get("refine", PATTERN))) + (2.0 if job.compare else 0.0)
+    candidates = len(ops.FEEDBACK_FACTORS) * (2 if target.scheme.symmetric else 3)
+    return passes * k + candidates * min(target.scheme.columns(k), k)
 
 
 def _rows(job: Job) -> tuple[Row, ...]:

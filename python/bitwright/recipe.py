@@ -119,16 +119,27 @@ def check(recipe: Recipe) -> None:
 
 
 def _require_options(recipe: Recipe) -> None:
-    """The options must be keywords of the solver that the method ends in."""
+    """The effort and the options must be known to the solver that the method ends in."""
     solver = registry.get("solvers", solver_of(recipe.method))
+    if recipe.effort not in solver.EFFORTS:
+        raise InputError(
+            f"[recipe] wanted an effort of {', '.join(solver.EFFORTS)}, got {recipe.effort!r}"
+        )
     keywords = signature(solver.solve).parameters.values()
-    known = [p.name for p in keywords if p.kind is p.KEYWORD_ONLY and p.name != "prepared"]
+    inner = {"prepared", "whole"}
+    known = [p.name for p in keywords if p.kind is p.KEYWORD_ONLY and p.name not in inner]
     strange = [str(key) for key in recipe.options if key not in known]
     if strange:
         raise InputError(
             f"[recipe] wanted options of {recipe.method} ({', '.join(known)}), got "
             f"{', '.join(strange)}"
         )
+
+
+def solver_options(recipe: Recipe) -> dict[str, Any]:
+    """The solver's keywords: those of the effort, then the recipe's own."""
+    efforts = registry.get("solvers", solver_of(recipe.method)).EFFORTS
+    return {**efforts[recipe.effort], **recipe.options}
 
 
 def solver_of(method: str) -> str:
@@ -146,12 +157,12 @@ def _chosen(override: Override, default: Scheme) -> Scheme | None:
         return None
     if override.scheme is not None:
         return schemes.parse(override.scheme)
-    grid, where = default.name.removesuffix("-asym").split("-", 1)
-    if override.bits is not None:
-        grid = f"int{override.bits}"
+    grid = default.grid.name if override.bits is None else f"int{override.bits}"
+    where = default.name.split("-")[1]
     if override.group is not None:
         where = f"g{override.group}" if isinstance(override.group, int) else override.group
-    return schemes.parse(f"{grid}-{where}{'' if default.symmetric else '-asym'}")
+    rest = default.name.split("-")[2:]
+    return schemes.parse("-".join([grid, where, *rest]))
 
 
 def _matcher(pattern: str) -> re.Pattern[str] | None:

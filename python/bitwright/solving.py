@@ -11,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from bitwright import registry
 from bitwright.job import Job
-from bitwright.recipe import solver_of
+from bitwright.recipe import solver_of, solver_options
 from bitwright.solvers import rtn
-from bitwright.spec import F32, Group, InputError, QTensor, Report, Scheme, Stats, Target
+from bitwright.spec import F32, Group, InputError, QTensor, Report, Scheme, Stats, Target, stacked
 from bitwright.spool import Finished, Spool
 from bitwright.transforms import awq, fold
 
@@ -34,6 +36,8 @@ class BlockSolver:
         self.job, self.spool, self.block, self.finished = job, spool, block, finished
         self._prepared: tuple[Stats | None, Scheme, Any] | None = None
         self._scaled: tuple[Stats, Stats] | None = None
+        self._parts: list[tuple[QTensor, Report]] = []
+        self._seconds = 0.0
 
     def done(self, group: Group) -> dict[str, F32] | None:
         """Weights of a group that needs no statistics: all of it is finished, or kept in float."""
@@ -44,6 +48,8 @@ class BlockSolver:
 
     def solve(self, group: Group, stats: Stats) -> dict[str, F32]:
         """Solves what is left of a group; the weights (n, k) that its linears now have."""
+        if group.rows is not None:
+            return self._solve_rows(group, group.rows, stats)
         wanted = self.job.wanted(self.block, group)
         scales, exponent = self._rescale(group, stats)
         weights = {}
@@ -57,9 +63,38 @@ class BlockSolver:
             self._prepared = self._scaled = None
         return weights
 
+    def _solve_rows(self, group: Group, rows: tuple[int, int], stats: Stats) -> dict[str, F32]:
+        """Solves some rows of a fused linear; with the last of them it is finished. Rows that are
+        not solved yet stay as they are."""
+        wanted = self.job.wanted(self.block, group)
+        if not wanted:
+            return {}
+        target, begin = wanted[0], time.perf_counter()
+        scales, exponent = self._rescale(group, stats)
+        W = self.job.weight(target)
+        self._parts.append(self._round(group, target, W, stats, scales, rows))
+        self._prepared = self._scaled = None
+        self._seconds += time.perf_counter() - begin
+        q = stacked([part for part, _ in self._parts])
+        if rows[1] < len(W):
+            solved = Finished(q, self._parts[0][1], scales).dense()
+            return {target.linear.name: np.concatenate([solved, W[rows[1] :]])}
+        report = replace(
+            _of_rows([report for _, report in self._parts], target),
+            awq=exponent,
+            seconds=round(self._seconds, 4),
+        )
+        self._parts, self._seconds = [], 0.0
+        done = Finished(q, report, scales)
+        self.spool.save(target.name, done)
+        self.finished(target)
+        return {target.linear.name: done.dense()}
+
     def _shared_with_next(self, group: Group) -> bool:
         """Whether the next group (v) may have the same inputs: H and its factor are kept for it."""
         groups = self.job.arch.groups
+        if self.job.mix:
+            return False
         at = groups.index(group) + 1
         return at < len(groups) and groups[at].inside_attention
 
@@ -94,23 +129,33 @@ class BlockSolver:
         return done
 
     def _round(
-        self, group: Group, target: Target, W: F32, stats: Stats | None, scales: F32 | None
+        self,
+        group: Group,
+        target: Target,
+        W: F32,
+        stats: Stats | None,
+        scales: F32 | None,
+        rows: tuple[int, int] | None = None,
     ) -> tuple[QTensor, Report]:
         scheme, method = target.scheme, self.job.recipe.method
         if scheme is None:
             raise InputError(f"[solve] wanted a scheme for {target.name}, got none")
-        options = dict(self.job.recipe.options)
+        options = solver_options(self.job.recipe)
         if solver_of(method) == "rtn":
             plain = stats is None or not set(CLIP_SKIPS).isdisjoint(target.linear.roles)
             options.setdefault("scales", "minmax" if plain else "clip")
+        else:
+            options.setdefault("negative", self.job.format.NEGATIVE_SCALES)
         solver = registry.get("solvers", solver_of(method))
         inner = self._inner(group, stats, scales)
         scaled = W if scales is None else W * scales
         prepared = self._prepare(solver, inner, scheme, options)
+        if rows is not None:
+            options["whole"], scaled = scaled, np.ascontiguousarray(scaled[slice(*rows)])
         q, report = solver.solve(scaled, inner, scheme, prepared=prepared, **options)
         if scales is not None and stats is not None:
-            plain_q = rtn.solve(W, stats, scheme)[1]
-            report = replace(report, error_rtn=plain_q.error)
+            plainly = rtn.solve(W if rows is None else W[slice(*rows)], stats, scheme)[1]
+            report = replace(report, error_rtn=plainly.error)
         return q, report if report.fallback else replace(report, method=method)
 
     def _inner(self, group: Group, stats: Stats | None, scales: F32 | None) -> Stats | None:
@@ -160,3 +205,27 @@ class BlockSolver:
         arrays = {"gain": gain, "scales": exact} | ({} if bias is None else {"bias": bias})
         self.spool.save_norm(name, arrays, plan.exponent)
         return arrays, plan.exponent
+
+
+def _of_rows(parts: list[Report], target: Target) -> Report:
+    """One report for the parts of a fused linear: errors are means over the rows, the rest is the
+    last part's."""
+    weights = [part.shape[0] for part in parts]
+    last = parts[-1]
+
+    def mean(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        return None if None in values else float(np.average(values, weights=weights))
+
+    return replace(
+        last,
+        name=target.name,
+        shape=target.shape,
+        error_rtn=mean("error_rtn"),
+        error=mean("error"),
+        error_swept=mean("error_swept"),
+        rung=max(part.rung for part in parts),
+        damping=max(part.damping for part in parts),
+        fallback=next((part.fallback for part in parts if part.fallback), ""),
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+    )

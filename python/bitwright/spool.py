@@ -97,6 +97,7 @@ class Spool:
         if done.column_scales is not None:
             arrays["column_scales"] = done.column_scales
         scheme = {"name": q.scheme.name, "scale": q.scheme.scale, "zero_min": q.scheme.zero_min}
+        scheme["global_scale"] = q.global_scale
         metadata = {
             "scheme": json.dumps(scheme),
             "columns": str(q.shape[1]),
@@ -115,7 +116,8 @@ class Spool:
             schemes.parse(stored["name"]), scale=stored["scale"], zero_min=stored["zero_min"]
         )
         codes = ops.unpack(file.read("words"), scheme.bits, int(file.metadata["columns"]))
-        q = QTensor(codes, file.read("scales"), file.read("zeros"), scheme)
+        whole = float(stored["global_scale"])
+        q = QTensor(codes, file.read("scales"), file.read("zeros"), scheme, whole)
         columns = file.read("column_scales") if "column_scales" in file.entries else None
         return Finished(q, self.report(name), columns)
 

@@ -10,7 +10,7 @@ back the `value` to use.
 
 `mix` forms what v's rows are really multiplied with. Head h of query q puts out W_v sum_t a_qt x_t,
 so for the rows of a KV head the input is the mixed y = sum_t a_qt x_t, over the queries and the
-query heads that share it (solver.md 0, finding 1). A sample of the queries is enough.
+query heads that share it (docs/solver.md 8). A sample of the queries is enough.
 """
 
 from __future__ import annotations
@@ -76,30 +76,40 @@ def mix(call: Call, x: torch.Tensor, every: int, most: int) -> torch.Tensor | No
     rows = B * heads per pool * queries. A pool is one KV head, or as many neighbours as leave no
     more than `most` pools. None where the call has what this does not know (attention sinks).
     """
-    if call.options.get("s_aux") is not None or call.options.get("position_bias") is not None:
+    unknown = {"s_aux", "position_bias"}
+    if any(call.options.get(name) is not None for name in unknown):
+        return None
+    if call.key.shape[2] != call.query.shape[2]:
         return None
     batch, heads, length, width = call.query.shape
     kv = call.key.shape[1]
     at = torch.arange(every - 1, length, every) if length >= every else torch.arange(length)
-    query = call.query[:, :, at].reshape(batch, kv, heads // kv * len(at), width)
-    scaling = call.options.get("scaling")
-    scores = (query @ call.key.transpose(2, 3)).float()
-    scores *= width**-0.5 if scaling is None else scaling
-    cap = call.options.get("softcap")
+    rows = heads // kv * len(at)
+    mixed = x.new_empty((kv, batch, rows, x.shape[-1]))
+    for b in range(batch):  # a window at a time: scores are (heads, queries, L) in float32
+        scores = call.query[b][:, at].reshape(kv, rows, width) @ call.key[b].transpose(1, 2)
+        share = _shares(call, b, at, scores.view(heads, len(at), length)).to(x.dtype)
+        mixed[:, b] = share.view(kv, rows, length) @ x[b]
+    pools = max(n for n in range(1, min(kv, most) + 1) if kv % n == 0)
+    return mixed.view(pools, -1, x.shape[-1])
+
+
+def _shares(call: Call, b: int, at: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Probabilities (heads, queries, L) of window b from products of its queries and keys."""
+    scaling, cap = call.options.get("scaling"), call.options.get("softcap")
+    scores = scores.float()
+    scores *= call.query.shape[-1] ** -0.5 if scaling is None else scaling
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
-    scores = scores.view(batch, kv, heads // kv, len(at), call.key.shape[2])
     if call.mask is None:
-        scores.masked_fill_(torch.arange(length) > at[:, None], -torch.inf)
+        scores.masked_fill_(torch.arange(scores.shape[-1]) > at[:, None], -torch.inf)
     else:
-        mask = call.mask[:, :, at, : call.key.shape[2]].unsqueeze(2)
-        scores = (
-            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        )
-    share = scores.softmax(-1).to(x.dtype).reshape(batch, -1, scores.shape[-1])
-    mixed = (share @ x).view(batch, kv, -1, x.shape[-1])
-    pools = max(n for n in range(1, min(kv, most) + 1) if kv % n == 0)
-    return mixed.transpose(0, 1).reshape(pools, -1, x.shape[-1])
+        mask = call.mask[b if len(call.mask) > 1 else 0][:, at, : scores.shape[-1]]
+        if mask.dtype == torch.bool:
+            scores.masked_fill_(~mask, -torch.inf)
+        else:
+            scores += mask
+    return scores.softmax(-1)
 
 
 def _mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:

@@ -78,17 +78,19 @@ class _Waiting:
 
 @dataclass(eq=False)
 class _Stream:
-    """One stream of a batch; quantized: it runs with the solved weights."""
+    """One stream of a batch; quantized: it runs with the solved weights. arrived: where it hands
+    over what it brings, so that no parked frame keeps it."""
 
     hidden: torch.Tensor
     quantized: bool
     waiting: _Waiting | None = None
     run: greenlet | None = None
+    arrived: _Arrival | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class _Arrival:
-    """The input of a group; heads > 0: mixed, one matrix of rows per KV head."""
+    """The input of a group, or a block's output; heads > 0: mixed, one matrix of rows each."""
 
     x: torch.Tensor
     heads: int = 0
@@ -112,6 +114,10 @@ class Capture:
         self.skeleton, self.arch, self.collector, self.mix = skeleton, arch, collector, mix
         self.inside = True
         self.notes: list[str] = []
+        known = any("attn.v" in x.roles for group in arch.groups for x in group.linears)
+        if mix and not known:
+            self.mix = 0
+            self.notes.append("v has the plain Gram: the roles of its linears are not known")
 
     def stages(self, i: int) -> tuple[Group, ...]:
         """The groups of block i in the order in which they are solved: a fused q, k, v is two."""
@@ -242,12 +248,13 @@ class _Run:
         self.weights.use(stream.quantized)
         while True:
             try:
-                arrived, at = self._rerun(stream) if self.rerun else self._resume(stream)
+                at = self._rerun(stream) if self.rerun else self._resume(stream)
                 break
             except _NotAView:
                 self._stay_outside()
-                stream.waiting = stream.run = None
-        if at != self.stage:
+                stream.waiting = stream.run = stream.arrived = None
+        arrived, stream.arrived = stream.arrived, None
+        if at != self.stage or arrived is None:
             raise RefusedError(
                 f"[capture] wanted {self.path} to run {self._label(self.stage)} next, "
                 f"got {self._label(at)}"
@@ -257,28 +264,26 @@ class _Run:
             trim()
         return arrived
 
-    def _resume(self, stream: _Stream) -> tuple[_Arrival, int]:
+    def _resume(self, stream: _Stream) -> int:
         if stream.run is None:
             stream.run = greenlet(self._forward)
-            arrived: tuple[_Arrival, int] = stream.run.switch(stream)
-        else:
-            arrived = stream.run.switch()
-        return arrived
+            return int(stream.run.switch(stream))
+        return int(stream.run.switch())
 
-    def _rerun(self, stream: _Stream) -> tuple[_Arrival, int]:
+    def _rerun(self, stream: _Stream) -> int:
         stream.waiting = None
         try:
             return self._forward(stream)
         except _Cut as cut:
-            arrived, at = cut.args
-            return arrived, at
+            return int(cut.args[0])
 
-    def _forward(self, stream: _Stream) -> tuple[_Arrival, int]:
+    def _forward(self, stream: _Stream) -> int:
         call = self.capture.skeleton.call(self.i, stream.hidden)
         out = first(self.block(stream.hidden, *call.args, **call.kwargs))
         if stream.waiting is not None:
             raise _NotAView
-        return _Arrival(out), len(self.groups)
+        stream.arrived = _Arrival(out)
+        return len(self.groups)
 
     def _shared(
         self, g: int, arrived: _Arrival, before: tuple[int, torch.Tensor, Stats] | None
@@ -301,7 +306,8 @@ class _Run:
         if self.capture.inside:
             self.capture.inside = False
             self.capture.notes.append(
-                f"v is solved before attention: {self.path} does not hand it a view of v's output"
+                f"v is solved before attention, with the plain Gram: {self.path} does not hand it "
+                "a view of v's output"
             )
 
     def _abandon(self) -> None:
@@ -330,7 +336,8 @@ class _Run:
         if inside and self.capture.inside:
             self.now.waiting = _Waiting(g, module, args[0])
         else:
-            self._park(g, _Arrival(args[0]))
+            self.now.arrived = _Arrival(args[0])
+            self._park(g)
 
     def _leave(self, module: nn.Module, _args: tuple[Any, ...], out: torch.Tensor) -> None:
         waiting = self.now.waiting if self.now is not None else None
@@ -345,7 +352,8 @@ class _Run:
         if value.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
             raise _NotAView
         self.now.waiting = None
-        self._park(waiting.group, self._mixed(call, waiting.x))
+        self.now.arrived = self._mixed(call, waiting.x)
+        self._park(waiting.group)
         again: torch.Tensor = waiting.linear.forward(waiting.x)
         if again.stride() != y.stride() or again.storage_offset() != y.storage_offset():
             raise _NotAView
@@ -361,9 +369,9 @@ class _Run:
         self.capture.notes.append(f"v has the plain Gram: {self.path} attends in an unknown way")
         return _Arrival(x)
 
-    def _park(self, g: int, arrived: _Arrival) -> None:
+    def _park(self, g: int) -> None:
         if self.now is not None and self.now.waiting is not None and self.now.waiting.group < g:
             raise _NotAView
         if self.rerun:
-            raise _Cut(arrived, g)
-        self.hub.switch((arrived, g))
+            raise _Cut(g)
+        self.hub.switch(g)

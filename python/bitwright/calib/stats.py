@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright import ops
-from bitwright.spec import F64, InputError, Stats
+from bitwright.spec import F64, Held, InputError, Stats
 
 
 class StatsCollector:
@@ -21,20 +21,27 @@ class StatsCollector:
 
     update(x): a NumPy array or torch CPU tensor (..., k) of float32, float16 or bfloat16; leading
     dimensions are tokens; not copied when contiguous. update(x, drift_from): x is what became of
-    the inputs `drift_from` (same shape), and C = (drift_from - x)^T x / tokens is kept too. heads:
-    x is (heads, ..., k), and each head has its own H and C. finish(): the Stats; InputError when no
-    token came or a value was NaN or infinite. hessian=False: column statistics only.
+    the inputs `drift_from` (same shape), and C = (drift_from - x)^T x / tokens is kept too, over
+    the tokens for which both were given. heads: x is (heads, ..., k), and each head has its own H
+    and C. finish(): the Stats; InputError when no token came or a value was NaN or infinite.
+    hessian=False: column statistics only. hold: the second half of each update with `drift_from`
+    is counted apart too (`Stats.held`).
     """
 
-    def __init__(self, k: int, heads: int = 0, *, hessian: bool = True) -> None:
-        self.k, self.heads, self.tokens = k, heads, 0
-        shape = (heads, k, k) if heads else (k, k)
-        self._H = np.zeros(shape) if hessian else None
+    def __init__(self, k: int, heads: int = 0, *, hessian: bool = True, hold: bool = False) -> None:
+        self.k, self.heads, self.hold, self.tokens = k, heads, hold, 0
+        self._H = np.zeros(self._shape) if hessian else None
         self._C: F64 | None = None
+        self._held: tuple[F64, F64] | None = None
+        self._compared = self._held_tokens = 0
         self._absolute = np.zeros(k)
         self._abs_max = np.zeros(k, np.float32)
         self._minimum = np.full(k, np.inf, np.float32)
         self._maximum = np.full(k, -np.inf, np.float32)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (self.heads, self.k, self.k) if self.heads else (self.k, self.k)
 
     def _rows(self, x: Any) -> npt.NDArray[Any]:
         X = ops.as_numpy(x)
@@ -53,15 +60,34 @@ class StatsCollector:
             raise InputError(f"[stats] wanted {X.shape} inputs to drift from, got {before.shape}")
         flat = X.reshape(-1, self.k)
         ops.column_stats(flat, self._absolute, self._abs_max, self._minimum, self._maximum)
-        if self._H is not None:
-            if before is not None and self._C is None:
-                self._C = np.zeros_like(self._H)
-            for head in range(len(X)):
-                ops.gram(X[head], self._H.reshape(-1, self.k, self.k)[head])
-                if before is not None and self._C is not None:
-                    ops.cross(before[head], X[head], self._C.reshape(-1, self.k, self.k)[head])
         self.tokens += X.shape[1]
+        if self._H is None:
+            return self
+        if before is None:
+            self._add(X, None, self._H, None)
+            return self
+        if self._C is None:
+            self._C = np.zeros(self._shape)
+        fit = X.shape[1] - X.shape[1] // 2 if self.hold else X.shape[1]
+        self._add(X[:, :fit], before[:, :fit], self._H, self._C)
+        if fit < X.shape[1]:
+            self._held = self._held or (np.zeros(self._shape), np.zeros(self._shape))
+            self._add(X[:, fit:], before[:, fit:], *self._held)
+            self._held_tokens += X.shape[1] - fit
+        self._compared += X.shape[1]
         return self
+
+    def _add(
+        self, X: npt.NDArray[Any], before: npt.NDArray[Any] | None, H: F64, C: F64 | None
+    ) -> None:
+        for head in range(len(X)):
+            ops.gram(X[head], self._of(H, head))
+            if before is not None and C is not None:
+                ops.cross(before[head], X[head], self._of(C, head))
+
+    def _of(self, matrices: F64, head: int) -> F64:
+        one: F64 = matrices[head] if self.heads else matrices
+        return one
 
     def finish(self) -> Stats:
         if self.tokens == 0:
@@ -71,13 +97,27 @@ class StatsCollector:
             raise InputError(
                 f"[stats] wanted finite inputs, got NaN or infinity in column {column}"
             )
+        held = self._finish_held()
         if self._H is not None:
-            for H in self._H.reshape(-1, self.k, self.k):
-                ops.mirror(H)
+            self._mirror(self._H)
             self._H /= self.tokens
-        if self._C is not None and self._H is not None:
-            self._C /= self.tokens
-            self._C -= self._H
+        if self._C is not None:
+            self._C /= self._compared
         mean_abs = (self._absolute / (self.tokens * max(self.heads, 1))).astype(np.float32)
         extremes = (self._abs_max, self._minimum, self._maximum)
-        return Stats(self.tokens, self._H, mean_abs, *extremes, C=self._C)
+        return Stats(self.tokens, self._H, mean_abs, *extremes, C=self._C, held=held)
+
+    def _finish_held(self) -> Held | None:
+        if self._held is None or self._H is None or self._C is None:
+            return None
+        H, C = self._held
+        self._H += H
+        self._C += C
+        self._mirror(H)
+        H /= self._held_tokens
+        C /= self._held_tokens
+        return Held(H, C, self._held_tokens / self._compared)
+
+    def _mirror(self, matrices: F64) -> None:
+        for head in range(max(self.heads, 1)):
+            ops.mirror(self._of(matrices, head))

@@ -1,4 +1,5 @@
-"""GPTQ (2210.17323), inverse-free: error feedback through the factor of H instead of its inverse.
+"""GPTQ (2210.17323), inverse-free, with the scales searched inside the feedback and the result
+refined.
 
 Objective per row: (w - q) H (w - q)^T over q on the grid. With H + damping = R R^T, R upper
 triangular, it is sum_k (R_kk (t_k - q_k))^2 with the targets
@@ -6,41 +7,94 @@ triangular, it is sum_k (R_kk (t_k - q_k))^2 with the targets
     t_k = w_k + (1 / R_kk) sum_{j<k} e_j R_jk,    e_j = w_j - q_j,
 
 so rounding t_k in order is the reference recursion with one Cholesky instead of Cholesky, inverse
-and Cholesky. Order "gar": columns sorted by diag H inside their group, groups by their largest,
-both descending; groups stay whole, so no g_idx is stored. Scales are chosen before the sweep:
-"hessian" minimises sum_j H_jj (w_j - q_j)^2 per group over 26 shrunk ranges, "mse" the reference's
-|.|^2.4, "minmax" takes the range. Damping is relative to mean diag H: .01 at 4 bits and more, .02
-at 3, .05 below (measured); where H is not positive definite it climbs a ladder, and after the last
-rung the result is plain rounding on "hessian" scales, named as fallback. Dead columns (diag H = 0)
-are rounded plainly. Limits: scales are static, codes are not revised after the sweep.
+and Cholesky. Sections below are those of docs/solver.md.
+
+Target (9). Where the inputs drifted from those of the float model, C = (X_float - X)^T X / tokens,
+w is w + alpha w C (H + damping)^-1: alpha 1 minimises |W X_float - Q X|^2, the default .5 trusts
+half of it (measured: better than all at 4 and at 2 bits), and "auto" takes of ALPHAS the one with
+the least |W X_float - (W + alpha delta) X|^2 on the tokens that Stats.held counts apart, delta from
+the others (what the layer wants, not the model: at 2 bits KL .863 against .831 of the half). Blocks
+of rows may have an H (and C) each: v's KV heads, under their attention-mixed inputs. How the
+statistics are taken: `attention` n, v's inputs mixed by every n-th query, 0: plain; `compare` n,
+the float model runs alongside every n-th batch, though at least 32768 tokens, 0: not at all.
+
+Scales. "feedback" (6.3): for each row and group the candidate with the least loss after the group's
+own feedback, 25 scales around the range of the group's targets, zero points z0 and beside it.
+Static ones, chosen before the sweep: "hessian" minimises sum_j H_jj (w_j - q_j)^2 over 26 shrunk
+ranges, "mse" the reference's |.|^2.4, "minmax" takes the range.
+
+Refinement (7), `refine` a pattern of c and l: coordinate descent over the codes (c), least squares
+over the scales (l), each step lowering the damped objective.
+
+Order "gar": columns sorted by diag H inside their group, groups by their largest, both descending;
+groups stay whole, so no g_idx is stored. Damping is relative to mean diag H: .01 at 4 bits and
+more, .02 at 3, .05 below (measured); where H is not positive definite it climbs a ladder, and after
+the last rung the result is plain rounding on "hessian" scales, named as fallback. Dead columns
+(diag H = 0) are rounded plainly. Tensor schemes and order "act" keep static scales.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from bitwright import ops
-from bitwright.spec import F32, F64, U8, InputError, NumericalError, QTensor, Report, Scheme, Stats
+from bitwright.spec import (
+    F32,
+    F64,
+    U8,
+    Held,
+    InputError,
+    NumericalError,
+    QTensor,
+    Report,
+    Scheme,
+    Stats,
+    stacked,
+)
 
 NEEDS_H = True
+EFFORTS: Mapping[str, Mapping[str, Any]] = {
+    "fast": {"scales": "hessian", "refine": "", "alpha": 0.0},
+    "default": {"alpha": 0.5, "attention": 8, "compare": 2},
+    "max": {"alpha": 0.5, "attention": 2, "compare": 1, "refine": "cccl" + "clc" * 6},
+}
+ALPHA = 0.5
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
 DAMPING = {1: 0.05, 2: 0.05, 3: 0.02}  # by bits, else DEFAULT_DAMPING
 DEFAULT_DAMPING = 0.01
+ZERO_SPAN = {1: 2, 2: 2}  # zero points tried beside z0, by bits, else 1
 DEAD = 1e-12  # diagonal, relative to its largest entry, below which a column carries no signal
+PATTERN = "ccclclc"
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
-    """Factor of the ordered H; R None: no rung of the damping ladder worked, `failure` says so."""
+class Factored:
+    """Factor of one ordered H; R None: no rung of the damping ladder worked, `failure` says so.
+
+    damping: relative; added: the same in H's units."""
 
     R: F32 | None
     order: npt.NDArray[np.int32]
     dead: npt.NDArray[np.bool_]
     damping: float
+    added: float
     rung: int
     failure: str = ""
+
+    @property
+    def factor(self) -> F32:
+        if self.R is None:
+            raise InputError("[gptq] wanted a factor of H, got none")
+        return self.R
+
+
+Prepared = tuple[Factored, ...]
 
 
 def column_order(diagonal: F64, group: int, order: str) -> npt.NDArray[np.int32]:
@@ -59,10 +113,12 @@ def column_order(diagonal: F64, group: int, order: str) -> npt.NDArray[np.int32]
     return np.concatenate(ranked).astype(np.int32)
 
 
-def _hessian(stats: Stats | None) -> F64:
+def _hessians(stats: Stats | None) -> F64:
+    """H of each block of rows, (B, k, k)."""
     if stats is None or stats.H is None:
         raise InputError("[gptq] wanted Stats with H, got none: GPTQ needs calibration inputs")
-    return stats.H
+    k = stats.H.shape[-1]
+    return stats.H.reshape(-1, k, k)
 
 
 def prepare(
@@ -71,37 +127,152 @@ def prepare(
     *,
     damping: float | None = None,
     order: str = "gar",
-    scales: str = "hessian",  # noqa: ARG001
+    **_options: object,
 ) -> Prepared:
-    """Order and factor for all matrices with these inputs and this group size."""
-    H = _hessian(stats)
+    """Order and factor of each H, for all matrices with these inputs and this group size."""
+    wish = DAMPING.get(scheme.bits, DEFAULT_DAMPING) if damping is None else damping
+    return tuple(_factored(H, scheme, wish, order) for H in _hessians(stats))
+
+
+def _factored(H: F64, scheme: Scheme, damping: float, order: str) -> Factored:
     diagonal = np.ascontiguousarray(np.diagonal(H))
     dead = diagonal <= DEAD * diagonal.max(initial=0.0)
     columns = column_order(diagonal, scheme.columns(len(H)), order)
-    damping = DAMPING.get(scheme.bits, DEFAULT_DAMPING) if damping is None else damping
+    mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
     try:
         R, used, rung = ops.factor(H, damping, columns, dead)
     except NumericalError as error:
-        return Prepared(None, columns, dead, damping, ops.DAMPING_ATTEMPTS, str(error))
-    return Prepared(R, columns, dead, used, rung)
+        rungs = ops.DAMPING_ATTEMPTS
+        return Factored(None, columns, dead, damping, damping * mean, rungs, str(error))
+    return Factored(R, columns, dead, used, used * mean, rung)
 
 
-def _scales(W: F32, H: F64, scheme: Scheme, scales: str) -> tuple[F32, U8]:
-    if scales == "hessian":
+@dataclass(frozen=True)
+class _Options:
+    """What `solve` was asked for."""
+
+    order: str
+    scales: str
+    refine: str
+    alpha: float | None  # None: chosen on held-out tokens
+    negative: bool
+    whole: F32  # the matrix whose range sets the scale of a tensor scheme
+
+
+@dataclass(frozen=True, eq=False)
+class Drifts:
+    """H, C and what is held out of one block of rows."""
+
+    H: F64
+    C: F64
+    held: Held | None
+
+
+def _drifts(stats: Stats, H: F64) -> list[Drifts | None]:
+    if stats.C is None:
+        return [None] * len(H)
+    C, found = stats.C.reshape(H.shape), stats.held
+    if found is None:
+        return [Drifts(H[b], C[b], None) for b in range(len(H))]
+    held_H, held_C = found.H.reshape(H.shape), found.C.reshape(H.shape)
+    return [Drifts(H[b], C[b], Held(held_H[b], held_C[b], found.share)) for b in range(len(H))]
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A solved block of rows; sizes are tr(. H .^T)."""
+
+    q: QTensor
+    size: float
+    plain: float
+    swept: float
+    final: float
+    alpha: float | None = None
+
+
+def _static_scales(W: F32, H: F64, scheme: Scheme, o: _Options) -> tuple[F32, U8]:
+    scales = o.scales
+    whole = ops.global_scale(o.whole, scheme)
+    if scheme.group == -1:
+        all_scales, all_zeros = ops.fit(o.whole, scheme)
+        return all_scales[: len(W)], all_zeros[: len(W)]
+    if scales in ("hessian", "feedback"):
         weight = np.maximum(np.diagonal(H), 0.0).astype(np.float32)
-        return ops.fit(W, scheme, weight, search=True)
+        return ops.fit(W, scheme, weight, search=True, whole=whole)
     if scales == "mse":
-        return ops.fit(W, scheme, search=True, power=2.4)
+        return ops.fit(W, scheme, search=True, power=2.4, whole=whole)
     if scales == "minmax":
-        return ops.fit(W, scheme)
-    raise InputError(f"[gptq] scales must be hessian, mse or minmax, got {scales!r}")
+        return ops.fit(W, scheme, whole=whole)
+    raise InputError(f"[gptq] scales must be feedback, hessian, mse or minmax, got {scales!r}")
 
 
-def _error(W: F32, q: QTensor, size: float, loss: float, damping: float) -> float:
-    """Relative output error from the sweep's own loss, less what the damping added to it."""
+def _sweep(W: F32, H: F64, p: Factored, scheme: Scheme, o: _Options) -> tuple[QTensor, F64]:
+    whole = ops.global_scale(o.whole, scheme)
+    if o.scales == "feedback" and o.order != "act" and scheme.group != -1:
+        span = ZERO_SPAN.get(scheme.bits, 1)
+        negative = o.negative and scheme.symmetric and scheme.scale in ("bf16", "fp16", "fp32")
+        return ops.gptq_search(
+            W, p.factor, p.order, scheme, zero_span=span, negative=negative, whole=whole
+        )
+    return ops.gptq(W, p.factor, p.order, *_static_scales(W, H, scheme, o), scheme, whole)
+
+
+def _error(W: F32, q: QTensor, loss: F64, p: Factored, H: F64) -> float:
+    """tr(E H E^T) from the loss under H + damping, less what the damping added to it."""
     E = W - ops.decode(q)
-    added = damping * ops.energy(E)
-    return max(loss - added, 0.0) / size if size > 0 else 0.0
+    if p.dead.any():
+        return ops.quadratic(E, H)
+    return max(float(loss.sum()) - p.added * ops.energy(E), 0.0)
+
+
+def _target(W: F32, drifts: Drifts, p: Factored, o: _Options) -> tuple[F32, float]:
+    """W + alpha W C (H + damping)^-1, and alpha."""
+    alpha = _chosen_alpha(W, drifts, p) if o.alpha is None else o.alpha
+    target = ops.drift(W, drifts.C, p.factor, p.order)
+    target *= np.float32(alpha)
+    target += W
+    return target, alpha
+
+
+def _chosen_alpha(W: F32, d: Drifts, p: Factored) -> float:
+    """The alpha with the least error on the held-out tokens, alpha^2 |delta X|^2 - 2 alpha <W D,
+    delta X> + ..., D = X_float - X; the product is <delta_held, delta> under H + damping."""
+    if d.held is None:
+        return ALPHA
+    fit = (d.C - d.held.share * d.held.C) / (1.0 - d.held.share)
+    delta = ops.drift(W, fit, p.factor, p.order)
+    other = ops.drift(W, d.held.C, p.factor, p.order)
+
+    def size(E: F32) -> float:
+        return ops.quadratic(E, d.H) + p.added * ops.energy(E)
+
+    slope = (size(other + delta) - size(other - delta)) / 4
+    curve = ops.quadratic(delta, d.held.H)
+    return min(ALPHAS, key=lambda alpha: alpha * alpha * curve - 2 * alpha * slope)
+
+
+def _solve_rows(
+    W: F32, H: F64, drifts: Drifts | None, p: Factored, scheme: Scheme, o: _Options
+) -> _Part:
+    plain = ops.quadratic(W - ops.decode(ops.encode(W, *ops.fit(W, scheme), scheme)), H)
+    size = ops.quadratic(W, H)
+    if p.R is None:
+        static = _static_scales(W, H, scheme, replace(o, scales="hessian"))
+        q = ops.encode(W, *static, scheme, ops.global_scale(o.whole, scheme))
+        rounded = ops.quadratic(W - ops.decode(q), H)
+        return _Part(q, size, plain, rounded, rounded)
+    target, alpha = (W, None) if drifts is None else _target(W, drifts, p, o)
+    q, loss = _sweep(target, H, p, scheme, o)
+    swept = final = _error(target, q, loss, p, H)
+    pattern = o.refine.replace("l", "") if scheme.group == -1 else o.refine
+    if pattern:
+        q, loss = ops.refine(target, H, q, p.added, p.dead, pattern=pattern)
+        final = _error(target, q, loss, p, H)
+    return _Part(q, size, plain, swept, final, alpha)
+
+
+def _share(part: float, size: float) -> float:
+    return part / size if size > 0 else 0.0
 
 
 def solve(
@@ -112,43 +283,69 @@ def solve(
     prepared: Prepared | None = None,
     damping: float | None = None,
     order: str = "gar",
-    scales: str = "hessian",
+    scales: str = "feedback",
+    refine: str = PATTERN,
+    alpha: float | str = ALPHA,
+    attention: int = 0,  # noqa: ARG001  the statistics were taken with these two
+    compare: int = 0,  # noqa: ARG001
+    negative: bool = False,
+    whole: F32 | None = None,
 ) -> tuple[QTensor, Report]:
-    """W float32 (n, k) rounded with error feedback under stats.H (k, k)."""
-    H = _hessian(stats)
-    p = prepared or prepare(stats, scheme, damping=damping, order=order)
-    grid = _scales(W, H, scheme, scales)
-    size = ops.quadratic(W, H)
-    plain = ops.encode(W, *ops.fit(W, scheme), scheme)
-    tokens = 0 if stats is None else stats.tokens
-    if p.R is None:
-        q = ops.encode(W, *grid, scheme)
-        error = ops.relative_error(W, q, H, size)
-    else:
-        q, loss = ops.gptq(W, p.R, p.order, *grid, scheme)
-        live = np.diagonal(H)[~p.dead]
-        mean = float(live.mean()) if live.size else 1.0
-        error = (
-            ops.relative_error(W, q, H, size)
-            if p.dead.any()
-            else _error(W, q, size, float(loss.sum()), p.damping * mean)
-        )
-    notes = (
-        (f"{tokens} tokens for {len(H)} columns: H is under-determined",) if tokens < len(H) else ()
-    )
-    report = Report(
+    """W float32 (n, k) rounded with error feedback under stats.H: (k, k), or (B, k, k) for B equal
+    blocks of rows. whole: the matrix of which W is a part, where it is. Options: see above."""
+    H = _hessians(stats)
+    if len(W) % len(H):
+        raise InputError(f"[gptq] wanted rows for {len(H)} equal blocks, got {len(W)}")
+    if stats is None:
+        raise InputError("[gptq] wanted Stats with H, got none")
+    factors = prepared or prepare(stats, scheme, damping=damping, order=order)
+    share = _share_of_drift(alpha)
+    o = _Options(order, scales, refine, share, negative, W if whole is None else whole)
+    drifts = _drifts(stats, H) if alpha else [None] * len(H)
+    rows = len(W) // len(H)
+    parts = [
+        _solve_rows(W[b * rows : (b + 1) * rows], H[b], drifts[b], p, scheme, o)
+        for b, p in enumerate(factors)
+    ]
+    return stacked([part.q for part in parts]), _report(W.shape, parts, factors, stats, scheme)
+
+
+def _share_of_drift(alpha: float | str) -> float | None:
+    """alpha as a number; None where it is to be chosen."""
+    if alpha == "auto":
+        return None
+    if isinstance(alpha, str) or not 0.0 <= alpha <= 1.0:
+        raise InputError(f'[gptq] alpha must be 0 to 1 or "auto", got {alpha!r}')
+    return float(alpha)
+
+
+def _report(
+    shape: tuple[int, ...],
+    parts: list[_Part],
+    factors: Prepared,
+    stats: Stats,
+    scheme: Scheme,
+) -> Report:
+    alphas = [part.alpha for part in parts if part.alpha is not None]
+    size = sum(part.size for part in parts)
+    failures = [p.failure for p in factors if p.failure]
+    k = shape[1]
+    short = stats.tokens < k
+    return Report(
         name="",
-        shape=q.shape,
+        shape=(shape[0], k),
         scheme=scheme.name,
-        method="gptq" if p.R is not None else "rtn",
-        bits_per_weight=scheme.bits_per_weight(*q.shape),
-        error_rtn=ops.relative_error(W, plain, H, size),
-        error=error,
-        tokens=tokens,
-        damping=p.damping,
-        rung=p.rung,
-        dead=int(p.dead.sum()),
-        fallback=f"plain rounding on hessian scales: {p.failure}" if p.failure else "",
-        notes=notes,
+        method="rtn" if failures else "gptq",
+        bits_per_weight=scheme.bits_per_weight(shape[0], k),
+        error_rtn=_share(sum(part.plain for part in parts), size),
+        error=_share(sum(part.final for part in parts), size),
+        error_swept=_share(sum(part.swept for part in parts), size),
+        tokens=stats.tokens,
+        damping=max(p.damping for p in factors),
+        rung=max(p.rung for p in factors),
+        dead=int(sum(p.dead.sum() for p in factors)),
+        alpha=float(np.mean(alphas)) if alphas else None,
+        heads=0 if stats.H is None or stats.H.ndim < 3 else len(factors),
+        fallback=f"plain rounding on hessian scales: {failures[0]}" if failures else "",
+        notes=(f"{stats.tokens} tokens for {k} columns: H is under-determined",) if short else (),
     )
-    return q, report

@@ -9,10 +9,14 @@ Limits: errors are not fed back; below 4 bit it collapses.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from bitwright import ops
 from bitwright.spec import F32, F64, U8, InputError, QTensor, Report, Scheme, Stats
 
 NEEDS_H = False
+EFFORTS: Mapping[str, Mapping[str, Any]] = {"fast": {}, "default": {}, "max": {}}
 
 
 def prepare(stats: Stats | None, scheme: Scheme, **options: object) -> None:

@@ -3,7 +3,7 @@
 s_j = mean|x_j|^a, normalised by sqrt(max s min s); W diag(s) is quantized and diag(1/s) goes into
 the norm in front. The reference picks a by the output of the whole scaled sub-block; here each
 candidate is scored by sum over the group's matrices of tr(E H E^T), E = W - round(W diag(s))
-diag(1/s) (solver.md 10): no forward pass, the same quantity the solver minimises. Limits: only
+diag(1/s) (docs/solver.md 10): no forward pass, the same quantity the solver minimises. Limits: only
 groups behind a norm can absorb scales; o and down have none. AWQ's clipping is the solver's: rtn,
 scales="clip".
 """

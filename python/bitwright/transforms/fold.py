@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitwright.spec import F32, Stats
+from bitwright.spec import F32, Held, Stats
 
 
 def fold(
@@ -41,7 +41,12 @@ def scale_stats(stats: Stats, s: F32) -> Stats:
     """The statistics of X diag(1/s)."""
     inverse = 1.0 / s.astype(np.float64)
     single = inverse.astype(np.float32)
-    H = None if stats.H is None else stats.H * inverse[:, None] * inverse[None, :]
+    square = inverse[:, None] * inverse[None, :]
+    H = None if stats.H is None else stats.H * square
+    C = None if stats.C is None else stats.C * square
+    held = stats.held
+    if held is not None:
+        held = Held(held.H * square, held.C * square, held.share)
     return Stats(
         stats.tokens,
         H,
@@ -49,4 +54,6 @@ def scale_stats(stats: Stats, s: F32) -> Stats:
         stats.abs_max * single,
         stats.minimum * single,
         stats.maximum * single,
+        C,
+        held,
     )

@@ -1,0 +1,143 @@
+"""What GPTQ's default effort adds to the sweep: searched scales, refinement, drift, row blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitwright import ops, schemes
+from bitwright.solvers import gptq
+from bitwright.spec import Held, InputError, QTensor, Stats
+from problems import hessian, inputs, rng, stats, weights
+
+SCHEMES = ["int2-g16-asym", "int3-g16", "int4-g64", "int4-channel", "nf4-g16", "mxfp4", "nvfp4"]
+PLAIN: dict[str, Any] = {"refine": "", "alpha": 0.0}
+
+
+def loss(W: np.ndarray, q: QTensor, H: np.ndarray, damping: float = 0.01) -> float:
+    E = W.astype(np.float64) - q.dequantize()
+    return float(np.sum((E @ (H + damping * H.diagonal().mean() * np.eye(len(H)))) * E))
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_rung_lowers_the_loss_it_looks_at(name: str, seed: int) -> None:
+    """Static scales, scales after the feedback, refinement: each no worse, together much better."""
+    W, H, s = weights(48, 128, seed), hessian(128, seed), schemes.parse(name)
+    rungs = [{"scales": "minmax", **PLAIN}, PLAIN, {"alpha": 0.0}]
+    found = [gptq.solve(W, stats(H), s, damping=0.01, **rung) for rung in rungs]
+    losses = [loss(W, q, H) for q, _ in found]
+    assert losses[2] <= losses[1] < losses[0]
+    assert losses[2] < 0.95 * losses[0]
+    report = found[2][1]
+    assert report.error <= report.error_swept * (1 + 1e-6)
+    assert found[1][1].error_swept == found[1][1].error
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_search_is_no_worse_than_its_first_candidate_in_any_group(name: str) -> None:
+    """One group of columns: the search's loss of each row against that of the spanning scale."""
+    s = schemes.parse(name)
+    W, H = weights(60, s.columns(64), name), hessian(s.columns(64))
+    order = np.arange(len(H), dtype=np.int32)
+    R, _, _ = ops.factor(H, 0.01, order)
+    one = np.ones(1, np.float32)
+    _, searched = ops.gptq_search(W, R, order, s)
+    _, spanning = ops.gptq_search(W, R, order, s, factors=one, zero_span=0)
+    assert np.all(searched <= spanning)
+    assert searched.sum() < spanning.sum()
+
+
+def test_scales_of_either_sign_help_symmetric_grids_only() -> None:
+    W, H = weights(48, 128), hessian(128)
+    for name, helps in (("int4-g64", True), ("int4-g64-asym", False), ("mxfp4", False)):
+        s = schemes.parse(name)
+        both, one = (gptq.solve(W, stats(H), s, negative=n)[0] for n in (True, False))
+        assert bool((both.scales < 0).any()) == helps
+        assert (loss(W, both, H) < loss(W, one, H)) == helps
+
+
+def drifted(k: int, tokens: int, seed: object = 0) -> tuple[np.ndarray, np.ndarray, Stats]:
+    """Inputs of the float model, what became of them, and their statistics."""
+    X_float = inputs(tokens, k, seed).astype(np.float64)
+    noise = rng("drift", k, seed).standard_normal((k, k)) * (0.2 / np.sqrt(k))
+    X = X_float + X_float @ noise
+    H, C = X.T @ X / tokens, (X_float - X).T @ X / tokens
+    return X_float, X, dataclasses.replace(stats(H, tokens), C=C)
+
+
+@pytest.mark.parametrize("name", ["int2-g16-asym", "int4-g64"])
+def test_more_of_the_drift_is_less_error_of_the_outputs(name: str) -> None:
+    W = weights(40, 64)
+    X_float, X, known = drifted(64, 2000)
+    errors = []
+    for alpha in (0.0, 0.5, 1.0):
+        q, report = gptq.solve(W, known, schemes.parse(name), alpha=alpha)
+        assert report.alpha == (alpha or None)
+        errors.append(np.sum((X_float @ W.T - X @ q.dequantize().T) ** 2))
+    assert errors[2] < errors[1] < errors[0]
+
+
+def halves(k: int, first: object, second: object, tokens: int = 4000) -> Stats:
+    """Statistics of two halves, the second held out."""
+    (_, X1, one), (_, X2, two) = drifted(k, tokens, first), drifted(k, tokens, second)
+    H, C = (one.H + two.H) / 2, (one.C + two.C) / 2
+    assert len(X1) == len(X2)
+    return dataclasses.replace(stats(H, 2 * tokens), C=C, held=Held(two.H, two.C, 0.5))
+
+
+def test_alpha_auto_trusts_what_the_held_out_tokens_confirm() -> None:
+    W, s = weights(40, 64), schemes.parse("int3-g16")
+    assert gptq.solve(W, halves(64, 0, 0), s, alpha="auto")[1].alpha == 1.0
+    assert gptq.solve(W, halves(64, 0, 1), s, alpha="auto")[1].alpha <= 0.25
+    nothing = dataclasses.replace(halves(64, 0, 0), held=None)
+    assert gptq.solve(W, nothing, s, alpha="auto")[1].alpha == gptq.ALPHA
+    for wrong in (-0.1, 1.5, "some"):
+        with pytest.raises(InputError, match=r'alpha must be 0 to 1 or "auto", got'):
+            gptq.solve(W, nothing, s, alpha=wrong)
+
+
+@pytest.mark.parametrize("name", ["int4-g16", "int3-channel-asym", "int4-tensor", "nvfp4"])
+def test_blocks_of_rows_are_solved_each_under_its_own_h(name: str) -> None:
+    s, W = schemes.parse(name), weights(36, 64)
+    parts = [drifted(64, 1000, seed)[2] for seed in range(3)]
+    H, C = np.stack([p.H for p in parts]), np.stack([p.C for p in parts])
+    together, report = gptq.solve(W, dataclasses.replace(parts[0], H=H, C=C), s)
+    assert report.heads == 3
+    for b, part in enumerate(parts):
+        rows = slice(12 * b, 12 * b + 12)
+        alone, one = gptq.solve(W[rows], part, s, whole=W)
+        assert np.array_equal(together.codes[rows], alone.codes)
+        assert np.array_equal(together.scales[rows], alone.scales)
+        assert (together.global_scale, one.heads) == (alone.global_scale, 0)
+    if s.group == -1:
+        assert len(np.unique(together.scales)) == 1
+    with pytest.raises(InputError, match="rows for 3 equal blocks, got 35"):
+        gptq.solve(W[:35], dataclasses.replace(parts[0], H=H, C=C), s)
+
+
+def test_efforts_are_options_of_the_solver() -> None:
+    assert list(gptq.EFFORTS) == ["fast", "default", "max"]
+    W, H, s = weights(40, 128), hessian(128), schemes.parse("int3-g64")
+    found = {name: gptq.solve(W, stats(H), s, **gptq.EFFORTS[name]) for name in gptq.EFFORTS}
+    losses = [loss(W, q, H, 0.02) for q, _ in found.values()]
+    assert losses == sorted(losses, reverse=True)
+    static = ops.fit(W, s, H.diagonal().astype(np.float32), search=True)
+    assert np.array_equal(found["fast"][0].scales, static[0])
+
+
+@pytest.mark.parametrize("dead", [[0], [3, 17, 63]])
+def test_dead_columns_do_not_choose_the_scales(dead: list[int]) -> None:
+    """Tiny inputs: a column without signal, however large its weights, leaves the others alone."""
+    W, H = weights(20, 64), 1e-6 * hessian(64)
+    H[dead], H[:, dead] = 0, 0
+    loud = W.copy()
+    loud[:, dead] *= 0.5
+    s = schemes.parse("int4-g64")
+    a, b = (gptq.solve(w, stats(H), s, scales="feedback")[0] for w in (W, loud))
+    live = np.setdiff1d(np.arange(64), dead)
+    errors = [np.sum((w - q.dequantize())[:, live] ** 2) for w, q in ((W, a), (loud, b))]
+    assert 0.5 < errors[0] / errors[1] < 2
