@@ -41,6 +41,7 @@ def held_by_gptq(bits: int, group: int, n: int, k: int) -> bool:
 HOLDS = {
     "compressed-tensors": lambda bits, group, _n, k: bits > 1 and (group <= 0 or k % group == 0),
     "gptq": held_by_gptq,
+    "bitwright": lambda *_: True,
 }
 
 
@@ -104,7 +105,8 @@ def test_round_trip_of_every_scheme_that_is_not_refused(name, shape):
         assert list(tensors) == list(layout)
         back = fmt.read(NAME, tensors.__getitem__, config_of(fmt, scheme))
         assert same(q, back), scheme.name
-        assert back.scheme.name == scheme.name.replace("tensor", "channel")
+        kept_name = scheme.name if name == "bitwright" else scheme.name.replace("tensor", "channel")
+        assert back.scheme.name == kept_name
         assert np.array_equal(ops.decode(q), back.dequantize())
         kept += 1
     assert kept
@@ -169,7 +171,31 @@ def test_a_transposed_weight_goes_where_a_reader_knows_it():
     assert any("GPT-2" in note for note in module("gptq").notes((conv,)))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+TABLES = ["fp4-g16", "nf4-g64", "mxfp4", "nvfp4", "nf4-channel-fp32", "int3-g16-asym-fp16"]
+
+
+@pytest.mark.parametrize("scheme", [*TABLES, "int4-g16-e8m0"])
+def test_only_our_own_format_holds_tables_and_other_scales(scheme):
+    wanted = schemes.parse(scheme)
+    for name in FORMATS:
+        reason = module(name).refuse((target(NAME, (96, 256), wanted),), ARCH)
+        if name == "bitwright":
+            assert reason is None
+        elif not wanted.grid.uniform or wanted.scale == "e8m0":
+            assert NAME in reason
+    fmt, W = module("bitwright"), np.random.default_rng(1).normal(size=(96, 256))
+    W = W.astype(np.float32) * np.float32(0.01)
+    q = ops.encode(W, *ops.fit(W, wanted), wanted)
+    tensors = written(fmt, q)
+    assert {k: (v.dtype, v.shape) for k, v in tensors.items()} == fmt.layout(
+        NAME, q.shape, wanted, DTYPES[0]
+    )
+    back = fmt.read(NAME, tensors.__getitem__, config_of(fmt, wanted))
+    assert same(q, back)
+    assert (back.scheme, back.global_scale) == (wanted, q.global_scale)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "bitwright"])
 def test_scales_that_the_file_would_round_are_refused(name):
     """fp32 scales in a 16-bit file; compressed-tensors holds them in a float32 model."""
     fmt = module(name)

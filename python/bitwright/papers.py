@@ -15,6 +15,7 @@ HOMES = {  # of the names in a load line
     "AutoModelForCausalLM": "transformers",
     "CompressedTensorsConfig": "transformers",
     "GPTQModel": "gptqmodel",
+    "open_dense": "bitwright.formats.dense",
 }
 
 

@@ -17,7 +17,16 @@ import tiny_models
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.formats import compressed_tensors
 from bitwright.formats.dense import dense
-from engines.twins import NARROW, llama_of, our_weights, quantized, relative, twin
+from engines.twins import (
+    NARROW,
+    has_negative_scales,
+    llama_of,
+    our_weights,
+    quantized,
+    relative,
+    solved,
+    twin,
+)
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
 
@@ -91,6 +100,14 @@ def test_architectures(name, tmp_path):
 def test_schemes(scheme, tmp_path):
     base, out = quantized("llama", tmp_path, scheme=scheme)
     assert_equal(by_its_card(out), base, out)
+
+
+@pytest.mark.parametrize("scheme", ["int2-g32", "int4-g64", "int4-channel"])
+def test_negative_scales(scheme, tmp_path):
+    base, out = quantized("llama", tmp_path, scheme=scheme, **solved())
+    assert has_negative_scales(out)
+    assert_equal(by_its_card(out), base, out)
+    assert_equal(load(out, **DEQUANTIZE), base, out)
 
 
 @pytest.mark.parametrize("scheme", ODD)

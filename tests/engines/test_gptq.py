@@ -24,7 +24,7 @@ import pytest
 import tiny_models
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.formats.dense import dense
-from engines.twins import NARROW, llama_of, our_weights, quantized
+from engines.twins import NARROW, has_negative_scales, llama_of, our_weights, quantized, solved
 
 PYTHON = os.environ.get("BITWRIGHT_GPTQ_PYTHON", "")
 pytestmark = [
@@ -55,6 +55,8 @@ CASES: dict[str, dict[str, Any]] = {
     "attention alone": {"scheme": "int4-g32", "overrides": WITHOUT_MLP},
     "GPT-2 asymmetric": {"name": "gpt2", "scheme": "int3-g32-asym"},
     "bf16 model": {"scheme": "int4-g64", "dtype": "bfloat16"},
+    "negative scales": {"scheme": "int4-g32", **solved()},
+    "negative scales, 3 bits": {"scheme": "int3-channel", **solved()},
 }
 DTYPES = {"transformers": "float32", "gptqmodel": "float16"}
 # What one of the two does not load, with the version that was run: (case, loader) -> its words.
@@ -69,6 +71,7 @@ def prepare(case: str, folder: Path) -> dict[str, str]:
     """The float model, our folder, and the weights that we read in it."""
     wish = {"name": "llama", "format": "gptq", **CASES[case]}
     base, out = quantized(wish.pop("name"), folder, **wish)
+    assert has_negative_scales(out) == case.startswith("negative")
     np.savez(folder / "weights.npz", **our_weights(dense(Checkpoint(out))))
     return {"base": str(base), "out": str(out), "weights": str(folder / "weights.npz")}
 

@@ -4,4 +4,4 @@ Each has refuse, notes, layout, write, scheme, read, quantized, shape, config, s
 load_line.
 """
 
-NAMES = ("compressed_tensors", "gptq")
+NAMES = ("compressed_tensors", "gptq", "bitwright")

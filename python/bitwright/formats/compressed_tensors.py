@@ -27,6 +27,7 @@ Readers (transformers 5.17 to 5.24 with compressed-tensors 0.19 and 0.20, run):
   several symmetric schemes: 5.23 and 5.24 read them by default only (dequantize=True decodes each
   linear as the first scheme: wrong weights without an error, or a shape error); 5.22 both ways
   several with an asymmetric one among them: 5.23 and 5.24 in no way; 5.22 both ways
+  negative scales are multiplied like any other: read exactly
   weights are computed in the dtype of the scale: by default the one that the model is loaded in,
   with dequantize=True the one in the file
 """
@@ -46,6 +47,7 @@ from bitwright.files.checkpoint import fetch
 from bitwright.spec import Arch, InputError, QTensor, RefusedError, Scheme, Target
 
 METHOD = "compressed-tensors"
+NEGATIVE_SCALES = True
 BITS = (2, 3, 4, 5, 6, 7, 8)
 LIBRARY = "0.19.0"  # the library version whose layout this is
 DENSE_SINCE = (0, 18)  # versions before padded the words of PADDED bits
@@ -67,6 +69,11 @@ def refuse(targets: Sequence[Target], arch: Arch) -> str | None:  # noqa: ARG001
             )
         if scheme is None:
             continue
+        if not scheme.grid.uniform or scheme.scale in ("e8m0", "e4m3"):
+            return (
+                f"[compressed-tensors] {target.name}: {scheme.name} is no pack-quantized scheme; "
+                "--format bitwright holds it"
+            )
         if scheme.bits not in BITS:
             return f"[compressed-tensors] {target.name}: {scheme.name} wants 2 to 8 bits"
         if scheme.group > 0 and target.shape[1] % scheme.group:

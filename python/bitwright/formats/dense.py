@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -81,3 +82,9 @@ class Dense:
 def dense(checkpoint: Checkpoint) -> Dense:
     """The float view of a checkpoint, quantized by a known format or not at all."""
     return Dense(checkpoint)
+
+
+def open_dense(folder: str | Path) -> Dense:
+    """The float view of a checkpoint folder: `read(name)` gives any tensor, quantized ones as
+    float32."""
+    return Dense(Checkpoint(Path(folder)))

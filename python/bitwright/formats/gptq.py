@@ -21,6 +21,7 @@ Readers (GPTQModel 7.6 and 7.7, its torch kernel; transformers 5.23 and 5.24 wit
   for GPTQModel, `modules_in_block_to_quantize` for transformers; the second knows no block numbers,
   so a linear must be kept in all blocks or in none
   3 bits want n and k divisible by 32 (both raise otherwise); 2, 4 and 8 bits take any n and k
+  negative scales are multiplied like any other: read exactly
   weights are computed in fp16, one rounding, then cast to the model's dtype; GPTQModel refuses a
   float32 model, transformers runs one
   GPT-2 (Conv1D, codes along its inputs as everywhere): GPTQModel reads it; transformers raises,
@@ -44,6 +45,7 @@ from bitwright.spec import Arch, InputError, QTensor, RefusedError, Scheme, Targ
 
 METHOD = "gptq"
 BITS = (2, 3, 4, 8)
+NEGATIVE_SCALES = True
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 VERSIONS = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format: what is missing from stored zero points
 FLOATS = (np.dtype(np.float16), np.dtype(np.float32), ops.BFLOAT16)
@@ -71,10 +73,13 @@ def _refuse_one(target: Target) -> str | None:
     scheme, k = target.scheme, target.shape[1]
     if scheme is None:
         return None
+    if not scheme.grid.uniform:
+        return f"{scheme.name} is no integer scheme; --format bitwright holds it"
     if scheme.bits not in BITS:
         return f"{scheme.name} has {scheme.bits} bits, GPTQ files have 2, 3, 4 or 8"
-    if scheme.scale == "fp32":
-        return "its scales are float32, GPTQ files store fp16; use the default scale grid"
+    if scheme.scale not in ("bf16", "fp16"):
+        kind = "float32" if scheme.scale == "fp32" else scheme.scale
+        return f"its scales are {kind}, GPTQ files store fp16; use the default scale grid"
     if scheme.group > 0 and scheme.group not in GROUPS:
         return f"groups of {scheme.group} are not read, those of {', '.join(map(str, GROUPS))} are"
     if scheme.bits == 3 and (target.shape[0] % 32 or k % 32):

@@ -1,0 +1,174 @@
+"""Our own format (quant_method "bitwright"): codes, scales, zero points of any scheme, as they are.
+
+Below the module path P of a linear (n, k), b bits, G groups in a row:
+
+    P.codes         int32 (n, ceil(k b / 32))   codes along k, least significant bit first
+    P.scales        (n, G), in the type of the scale grid: bf16, fp16, fp32; e8m0: uint8 u for
+                    2^(u - 127); e4m3: uint8, the number's eight bits
+    P.zeros         uint8 (n, G)                asymmetric schemes only
+    P.global_scale  fp32 (1,)                   e4m3 only: scales are stored values divided by it
+    P.shape         int64 (2,)                  n, k
+    w = (code - zero) * scale, of a table (fp4, nf4) level[code] * scale
+
+Config: "scheme" is the scheme of all linears but those named in "schemes". Scales of either sign
+are held. Readers: this package alone, so far; other formats are what other engines read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from bitwright import ops, schemes
+from bitwright.files.checkpoint import fetch
+from bitwright.spec import Arch, InputError, QTensor, RefusedError, ScaleGrid, Scheme, Target
+
+METHOD = "bitwright"
+NEGATIVE_SCALES = True
+STORED: Mapping[ScaleGrid, np.dtype[Any]] = {
+    "bf16": ops.BFLOAT16,
+    "fp16": np.dtype(np.float16),
+    "fp32": np.dtype(np.float32),
+    "e8m0": np.dtype(np.uint8),
+    "e4m3": np.dtype(np.uint8),
+}
+Array = npt.NDArray[Any]
+Getter = Callable[[str], Array]
+
+
+def refuse(targets: Sequence[Target], arch: Arch) -> str | None:  # noqa: ARG001
+    """Why these targets cannot be written: there is no reason, every scheme is held."""
+    return None
+
+
+def notes(targets: Sequence[Target]) -> tuple[str, ...]:  # noqa: ARG001
+    """What a user must know to load the file."""
+    return ("files in bitwright's own format are read by bitwright alone",)
+
+
+def layout(
+    name: str,
+    shape: tuple[int, int],
+    scheme: Scheme,
+    dtype: np.dtype[Any],  # noqa: ARG001
+) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Names, dtypes and shapes of the tensors of one linear."""
+    (n, k), groups = shape, scheme.groups(shape[1])
+    words = -(-k * scheme.bits // 32)
+    found: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+        f"{name}.codes": (np.dtype(np.int32), (n, words)),
+        f"{name}.scales": (STORED[scheme.scale], (n, groups)),
+        f"{name}.shape": (np.dtype(np.int64), (2,)),
+    }
+    if not scheme.symmetric:
+        found[f"{name}.zeros"] = (np.dtype(np.uint8), (n, groups))
+    if scheme.scale == "e4m3":
+        found[f"{name}.global_scale"] = (np.dtype(np.float32), (1,))
+    return found
+
+
+def _stored(q: QTensor) -> Array:
+    kind, scales = q.scheme.scale, q.scales
+    if kind == "e8m0":
+        return (np.frexp(scales)[1] + 126).astype(np.uint8)
+    if kind == "e4m3":
+        numbers = (scales * np.float32(q.global_scale)).astype(ml_dtypes.float8_e4m3fn)
+        return numbers.view(np.uint8)
+    return scales.astype(STORED[kind])
+
+
+def _scales(stored: Array, kind: ScaleGrid, whole: float) -> npt.NDArray[np.float32]:
+    if kind == "e8m0":
+        return np.ldexp(np.float32(1), stored.astype(np.int32) - 127).astype(np.float32)
+    if kind == "e4m3":
+        numbers = stored.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        return np.asarray(numbers / np.float32(whole), np.float32)
+    return stored.astype(np.float32)
+
+
+def write(name: str, q: QTensor, dtype: np.dtype[Any]) -> dict[str, Array]:  # noqa: ARG001
+    """The tensors of one linear."""
+    tensors: dict[str, Array] = {
+        f"{name}.codes": ops.pack(q.codes, q.scheme.bits).view(np.int32),
+        f"{name}.scales": _stored(q),
+        f"{name}.shape": np.array(q.shape, np.int64),
+    }
+    if not q.scheme.symmetric:
+        tensors[f"{name}.zeros"] = q.zeros
+    if q.scheme.scale == "e4m3":
+        tensors[f"{name}.global_scale"] = np.array([q.global_scale], np.float32)
+    return tensors
+
+
+def scheme(name: str, config: Mapping[str, Any]) -> Scheme:
+    """The scheme of a module."""
+    named = config.get("schemes") or {}
+    wanted = named.get(name, config.get("scheme")) if isinstance(named, Mapping) else None
+    if not isinstance(wanted, str):
+        raise RefusedError(f"[bitwright] wanted the scheme of {name} in the config, got {wanted!r}")
+    return schemes.parse(wanted)
+
+
+def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
+    """The linear `name` of a checkpoint whose tensors `get` gives."""
+    wanted, size = scheme(name, config), get(f"{name}.shape")
+    if size.shape != (2,) or size.dtype.kind != "i" or (size < 1).any():
+        raise InputError(f"[bitwright] wanted n and k in {name}.shape, got {size.tolist()}")
+    n, k = int(size[0]), int(size[1])
+    tensors = fetch(get, layout(name, (n, k), wanted, ops.BFLOAT16))
+    whole = 1.0
+    if wanted.scale == "e4m3":
+        whole = float(tensors[f"{name}.global_scale"][0])
+        if not 0.0 < whole < np.inf:
+            raise InputError(f"[bitwright] wanted a positive {name}.global_scale, got {whole}")
+    words = np.ascontiguousarray(tensors[f"{name}.codes"]).view(np.uint32)
+    codes = ops.unpack(words, wanted.bits, k)
+    middle = 1 << (wanted.bits - 1) if wanted.grid.uniform else 0
+    groups = (n, wanted.groups(k))
+    zeros = np.full(groups, middle, np.uint8) if wanted.symmetric else tensors[f"{name}.zeros"]
+    return QTensor(
+        codes, _scales(tensors[f"{name}.scales"], wanted.scale, whole), zeros, wanted, whole
+    )
+
+
+def quantized(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:  # noqa: ARG001
+    """Module paths of the quantized linears among these tensor names."""
+    return [name.removesuffix(".codes") for name in names if name.endswith(".codes")]
+
+
+def shape(
+    name: str,
+    shapes: Mapping[str, tuple[int, ...]],  # noqa: ARG001
+    get: Getter,
+) -> tuple[int, int]:
+    """(n, k) of a quantized linear."""
+    n, k = get(f"{name}.shape")
+    return int(n), int(k)
+
+
+def config(targets: Sequence[Target], version: str) -> dict[str, Any]:
+    """The quantization_config of config.json."""
+    names = {target.name: target.scheme.name for target in targets if target.scheme is not None}
+    default = Counter(names.values()).most_common(1)[0][0]
+    return {
+        "quant_method": METHOD,
+        "version": version,
+        "scheme": default,
+        "schemes": {name: scheme for name, scheme in names.items() if scheme != default},
+    }
+
+
+def side_files(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:  # noqa: ARG001
+    """None beside config.json."""
+    return {}
+
+
+def load_line(path: Path, config: Mapping[str, Any]) -> str:  # noqa: ARG001
+    """What reads a written folder: the float view of this package."""
+    return f'open_dense("{path}")'
