@@ -25,6 +25,7 @@ def _recipe(report: RunReport) -> list[str]:
     rows = [
         ("scheme", recipe.scheme),
         ("method", recipe.method),
+        *([("effort", report.solver())] if report.solver() else []),
         ("format", recipe.format),
         ("calibration", report.calibration),
         ("bits per weight", f"{report.bits_per_weight:.3f} (scales and zero points included)"),

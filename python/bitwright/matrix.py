@@ -70,8 +70,9 @@ def quantize_matrix(
     """Quantizes W (out, in), NumPy or torch, any float dtype.
 
     H (in, in) = X^T X / tokens of the inputs, e.g. StatsCollector(k).update(X).finish().H. method:
-    "gptq" (default where H is given) or "rtn". options: the solver's keywords (damping, order,
-    scales). Returns the QTensor, with report=True also the Report. A fallback is a RuntimeWarning.
+    "gptq" (default where H is given) or "rtn". options: the solver's keywords (damping, scales,
+    refine, negative, order; solvers/gptq.py). Returns the QTensor, with report=True also the
+    Report. A fallback is a RuntimeWarning.
     """
     array = _weights(W)
     wanted = schemes.parse(scheme) if isinstance(scheme, str) else scheme

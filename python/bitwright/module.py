@@ -56,7 +56,8 @@ def quantize(
     """Quantizes a checkpoint (folder or hub id) into the folder `out`, or a model in place.
 
     recipe: a Recipe, a dict, or a YAML / JSON file. wishes: its fields as keywords, e.g.
-    scheme="int4-g64", method="gptq", format="compressed-tensors", samples=128, length=512.
+    scheme="int4-g64", method="gptq", effort="default", format="compressed-tensors", samples=128,
+    length=512.
     calibration: text or JSONL file, data set, list of strings, token ids (N, length), or None for
     the shipped text; for a module that is no transformers model an iterable of its inputs.
     tokenizer: for a model in memory that was not loaded from a folder with one. work: folder for

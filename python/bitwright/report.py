@@ -53,6 +53,22 @@ class RunReport:
         """How many linears got which method."""
         return dict(Counter(linear.method for linear in self.linears))
 
+    def solver(self) -> str:
+        """What the solver looked at, counted over the linears; "" where that is nothing special."""
+        mixed = sum(linear.heads > 0 for linear in self.linears)
+        alphas = [linear.alpha for linear in self.linears if linear.alpha is not None]
+        refined = [r.error / r.error_swept for r in self.linears if r.error_swept]
+        parts = [self.recipe.effort] if any("gptq" in r.method for r in self.linears) else []
+        if refined and min(refined) < 1.0:
+            parts.append(f"refinement left {100 * sum(refined) / len(refined):.0f} % of the error")
+        if mixed:
+            parts.append(f"{mixed} with attention-mixed inputs")
+        if alphas:
+            parts.append(
+                f"{len(alphas)} corrected for drift, alpha {sum(alphas) / len(alphas):.2g}"
+            )
+        return ", ".join(parts)
+
     def worst(self, count: int) -> list[Report]:
         """The linears with the largest relative output error."""
         return sorted(self.linears, key=lambda linear: -linear.error)[:count]

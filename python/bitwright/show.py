@@ -191,6 +191,7 @@ def report(to: Printer, done: RunReport, folder: Path, total: int) -> None:
         [
             ("folder", f"{folder} ({size(total)} of weights)"),
             ("linears", methods + (f", {len(done.skipped)} in float" if done.skipped else "")),
+            *([("effort", done.solver())] if done.solver() else []),
             ("bits per weight", f"{done.bits_per_weight:.3f}"),
             ("calibration", done.calibration),
             ("seconds", seconds),
