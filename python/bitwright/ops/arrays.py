@@ -15,26 +15,26 @@ from bitwright.spec import F32, U8, InputError, QTensor, Scheme
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 
 
-def matrix(what: str, x: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """`x` as a contiguous 2-D array of exactly `dtype`; other dtypes are refused."""
-    array = np.asarray(x)
-    if array.ndim != 2 or array.dtype != np.dtype(dtype):
+def _array(what: str, x: npt.ArrayLike, dtype: npt.DTypeLike, ndim: int) -> npt.NDArray[Any]:
+    array, kind = np.asarray(x), np.dtype(dtype)
+    if array.ndim != ndim or array.dtype != kind:
         raise InputError(
-            f"[{what}] wanted a 2-D array of {np.dtype(dtype)}, got {array.ndim}-D of {array.dtype}"
+            f"[{what}] wanted a {ndim}-D array of {kind}, got {array.ndim}-D of {array.dtype}"
         )
     return np.ascontiguousarray(array)
+
+
+def matrix(what: str, x: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """`x` as a contiguous 2-D array of exactly `dtype`; other dtypes are refused."""
+    return _array(what, x, dtype, 2)
 
 
 def vector(what: str, x: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    array = np.asarray(x)
-    if array.ndim != 1 or array.dtype != np.dtype(dtype):
-        raise InputError(
-            f"[{what}] wanted a 1-D array of {np.dtype(dtype)}, got {array.ndim}-D of {array.dtype}"
-        )
-    return np.ascontiguousarray(array)
+    """`x` as a contiguous 1-D array of exactly `dtype`; other dtypes are refused."""
+    return _array(what, x, dtype, 1)
 
 
-def sum(
+def in_place(
     what: str, x: npt.NDArray[Any], dtype: npt.DTypeLike, shape: tuple[int, ...]
 ) -> npt.NDArray[Any]:
     """`x` itself, an array that an op adds to in place: a converted copy would be lost."""
@@ -59,7 +59,7 @@ def floats(what: str, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.ascontiguousarray(x)
 
 
-def bits(what: str, bits: int) -> int:
+def check_bits(what: str, bits: int) -> int:
     if not 1 <= bits <= 8:
         raise InputError(f"[{what}] wanted 1 to 8 bits, got {bits}")
     return bits

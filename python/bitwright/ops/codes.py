@@ -5,23 +5,28 @@ from __future__ import annotations
 import numpy as np
 
 from bitwright import _core
-from bitwright.ops.arrays import bits as checked
-from bitwright.ops.arrays import core_grid, fit_settings, matrix, parts, vector
+from bitwright.ops.arrays import (
+    check_bits,
+    core_grid,
+    fit_settings,
+    matrix,
+    parts,
+    vector,
+)
 from bitwright.spec import F32, U8, U32, InputError, QTensor, Scheme
 
 # Candidate scales of the search, relative to the scale that just spans the range. 1 stands first,
-# so
-# that a group of exact codewords keeps its codes.
+# so that a group of exact codewords keeps its codes.
 SEARCH_FACTORS: F32 = np.array([1.0, *(f / 100 for f in range(105, 29, -3))], np.float32)
-
-
 LARGEST_E4M3 = 448.0
 
 
 def pack(codes: U8, bits: int) -> U32:
     """Codes uint8 (r, k) to uint32 words (r, ceil(k bits / 32)), least significant bit first."""
     codes = matrix("pack", codes, np.uint8)
-    words = np.zeros((codes.shape[0], -(-codes.shape[1] * checked("pack", bits) // 32)), np.uint32)
+    words = np.zeros(
+        (codes.shape[0], -(-codes.shape[1] * check_bits("pack", bits) // 32)), np.uint32
+    )
     _core.pack(codes, bits, words)
     return words
 
@@ -29,7 +34,7 @@ def pack(codes: U8, bits: int) -> U32:
 def unpack(words: U32, bits: int, k: int) -> U8:
     """The inverse of `pack`: words uint32 (r, ceil(k bits / 32)) to codes uint8 (r, k)."""
     words = matrix("unpack", words, np.uint32)
-    if -(-k * checked("unpack", bits) // 32) != words.shape[1]:
+    if -(-k * check_bits("unpack", bits) // 32) != words.shape[1]:
         raise InputError(f"[unpack] wanted words for {k} codes of {bits} bits, got {words.shape}")
     codes = np.empty((words.shape[0], k), np.uint8)
     _core.unpack(words, bits, codes)

@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright import _core
-from bitwright.ops.arrays import BFLOAT16, floats, matrix
-from bitwright.ops.arrays import sum as summed
+from bitwright.ops.arrays import BFLOAT16, floats, in_place, matrix
 from bitwright.ops.codes import decode
 from bitwright.spec import F32, F64, InputError, QTensor
 
@@ -19,7 +18,7 @@ def gram(X: npt.NDArray[Any], H: F64) -> None:
     bfloat16.
     """
     X = floats("gram", X)
-    H = summed("gram", H, np.float64, (X.shape[1], X.shape[1]))
+    H = in_place("gram", H, np.float64, (X.shape[1], X.shape[1]))
     if X.dtype == np.float32:
         _core.gram_f32(X, H)
     else:
@@ -31,7 +30,7 @@ def cross(before: npt.NDArray[Any], X: npt.NDArray[Any], C: F64) -> None:
     before, X = floats("cross", before), floats("cross", X)
     if before.dtype != X.dtype:
         raise InputError(f"[cross] wanted both inputs of one dtype, got {before.dtype}, {X.dtype}")
-    C = summed("cross", C, np.float64, (X.shape[1], X.shape[1]))
+    C = in_place("cross", C, np.float64, (X.shape[1], X.shape[1]))
     if X.dtype == np.float32:
         _core.cross_f32(before, X, C)
     else:
@@ -41,7 +40,7 @@ def cross(before: npt.NDArray[Any], X: npt.NDArray[Any], C: F64) -> None:
 
 def mirror(H: F64) -> None:
     """Copies the upper triangle of H into the lower one, in place."""
-    _core.mirror(summed("mirror", H, np.float64, np.shape(H)[:1] * 2))
+    _core.mirror(in_place("mirror", H, np.float64, np.shape(H)[:1] * 2))
 
 
 def column_stats(
@@ -50,9 +49,9 @@ def column_stats(
     """Widens per-column sums of |x| and extremes (all (k,), in place) by the rows of X (t, k)."""
     X = floats("column_stats", X)
     k = X.shape[1:]
-    summed("column_stats", absolute, np.float64, k)
+    in_place("column_stats", absolute, np.float64, k)
     for extreme in (abs_max, minimum, maximum):
-        summed("column_stats", extreme, np.float32, k)
+        in_place("column_stats", extreme, np.float32, k)
     if X.dtype == np.float32:
         _core.column_stats_f32(X, absolute, abs_max, minimum, maximum)
     else:
