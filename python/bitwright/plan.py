@@ -250,7 +250,7 @@ def _seconds(job: Job, sizes: _Sizes) -> float:
     if job.mix:
         heads = job.skeleton.model.config.get_text_config().num_attention_heads
         per_block += (1.0 + drift) * float(sizes.hidden) ** 2 * sizes.tokens * heads / job.mix
-    solve = sum(_passes(job, target) * math.prod(target.shape) for target in job.targets.values())
+    solve = 2.0 * sum(_passes(job, t) * math.prod(t.shape) for t in job.targets.values())
     attention = 4.0 * job.recipe.length * sizes.hidden * sizes.tokens * job.skeleton.count
     overhead = 1.6  # norms, attention's softmax, activation functions, casts: measured on SmolLM2
     return (
