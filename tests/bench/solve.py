@@ -1,6 +1,7 @@
 """Seconds of one GPTQ solve, factorisation and scale search included: minima over repeats.
 
-python tests/bench/solve.py [--k 4096] [--n 4096] [--group 128] [--repeats 5] [--threads N]
+python tests/bench/solve.py [--effort fast] [--k 4096] [--n 4096] [--group 128] [--repeats 5]
+                            [--threads N]
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def main() -> None:
     for name, default in (("k", 4096), ("n", 4096), ("group", 128), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--effort", choices=gptq.EFFORTS, default="fast")
     a = parser.parse_args()
     threads = ops.set_threads(a.threads)
     rng = np.random.default_rng(0)
@@ -36,10 +38,10 @@ def main() -> None:
         begin = time.perf_counter()
         prepared = gptq.prepare(stats, scheme)
         middle = time.perf_counter()
-        gptq.solve(W, stats, scheme, prepared=prepared)
+        gptq.solve(W, stats, scheme, prepared=prepared, **gptq.EFFORTS[a.effort])
         factor.append(middle - begin)
         solve.append(time.perf_counter() - middle)
-    print(f"W {a.n} x {a.k}, {scheme.name}, {threads} threads, {ops.isa()}")
+    print(f"W {a.n} x {a.k}, {scheme.name}, {a.effort}, {threads} threads, {ops.isa()}")
     print(f"Gram of {len(X)} tokens {gram:.2f} s, {len(X) * a.k**2 / gram / 1e9:.0f} GFLOP/s")
     print(f"factor {min(factor):.2f} s, search + sweep + report {min(solve):.2f} s")
     print(f"together {min(f + s for f, s in zip(factor, solve, strict=True)):.2f} s")
