@@ -134,6 +134,7 @@ def _require_options(recipe: Recipe) -> None:
             f"[recipe] wanted options of {recipe.method} ({', '.join(known)}), got "
             f"{', '.join(strange)}"
         )
+    solver.check(solver_options(recipe))
 
 
 def solver_options(recipe: Recipe) -> dict[str, Any]:

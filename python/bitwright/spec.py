@@ -293,8 +293,8 @@ class Report:
     method: what was applied; fallback: why it is not what was asked for ("" if it is).
     damping: relative to the mean of H's diagonal; rung: steps climbed on the damping ladder.
     error_rtn, error: tr(E H E^T) / tr(W H W^T) of plain rounding and of the result (without
-    calibration: H = I), E relative to the target that was solved for; error_swept: of the result
-    before refinement, None where there was none. alpha: share of the drift in that target, None
+    calibration: H = I), E relative to the target that was solved for; error_swept: of GPTQ's
+    result before refinement. alpha: share of the drift in that target, None
     where inputs were not compared. heads: so many blocks of rows had an H of attention-mixed inputs
     (tokens counts their rows), 0: one H of the inputs themselves. awq:
     exponent of the column scales, None where they were not searched.

@@ -364,10 +364,18 @@ class _Run:
             return _Arrival(x)
         mixed = attention.mix(call, x, self.capture.mix, self.pools)
         if mixed is not None:
+            self._tell_pools(call.key.shape[1], len(mixed))
             return _Arrival(mixed, len(mixed))
         self.capture.mix = 0
         self.capture.notes.append(f"v has the plain Gram: {self.path} attends in an unknown way")
         return _Arrival(x)
+
+    def _tell_pools(self, heads: int, pools: int) -> None:
+        note = (
+            f"v's {heads} KV heads share {pools} Gram matrices, as much as fits beside the widest"
+        )
+        if pools < heads and note not in self.capture.notes:
+            self.capture.notes.append(note)
 
     def _park(self, g: int) -> None:
         if self.now is not None and self.now.waiting is not None and self.now.waiting.group < g:

@@ -35,6 +35,7 @@ the last rung the result is plain rounding on "hessian" scales, named as fallbac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,6 +72,28 @@ DEFAULT_DAMPING = 0.01
 ZERO_SPAN = {1: 2, 2: 2}  # zero points tried beside z0, by bits, else 1
 DEAD = 1e-12  # diagonal, relative to its largest entry, below which a column carries no signal
 PATTERN = "ccclclc"
+SCALES = ("feedback", "hessian", "mse", "minmax")
+ORDERS = ("gar", "act", "natural")
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """InputError for an option that `solve`, or who takes the statistics for it, could not use."""
+    for name, known in (("scales", SCALES), ("order", ORDERS)):
+        value = options.get(name, known[0])
+        if value not in known:
+            listed = f"{', '.join(known[:-1])} or {known[-1]}"
+            raise InputError(f"[gptq] {name} must be {listed}, got {value!r}")
+    pattern = options.get("refine", PATTERN)
+    if not isinstance(pattern, str) or set(pattern) - {"c", "l"}:
+        raise InputError(f"[gptq] refine must consist of c and l, got {pattern!r}")
+    _share_of_drift(options.get("alpha", ALPHA))
+    for name in ("attention", "compare"):
+        value = options.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise InputError(f"[gptq] {name} must be a whole number from 0 on, got {value!r}")
+    damping = options.get("damping", 0.0)
+    if isinstance(damping, str) or not 0.0 <= (damping or 0.0) < math.inf:
+        raise InputError(f"[gptq] damping must be a number from 0 on, got {damping!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +127,6 @@ def column_order(diagonal: F64, group: int, order: str) -> npt.NDArray[np.int32]
         return np.arange(k, dtype=np.int32)
     if order == "act":
         return np.argsort(-diagonal, kind="stable").astype(np.int32)
-    if order != "gar":
-        raise InputError(f"[gptq] order must be gar, act or natural, got {order!r}")
     groups = [np.arange(first, min(first + group, k)) for first in range(0, k, group)]
     peaks = np.array([diagonal[columns].max() for columns in groups])
     inside = [columns[np.argsort(-diagonal[columns], kind="stable")] for columns in groups]
@@ -130,6 +151,7 @@ def prepare(
     **_options: object,
 ) -> Prepared:
     """Order and factor of each H, for all matrices with these inputs and this group size."""
+    check({"order": order, "damping": damping})
     wish = DAMPING.get(scheme.bits, DEFAULT_DAMPING) if damping is None else damping
     return tuple(_factored(H, scheme, wish, order) for H in _hessians(stats))
 
@@ -201,9 +223,7 @@ def _static_scales(W: F32, H: F64, scheme: Scheme, o: _Options) -> tuple[F32, U8
         return ops.fit(W, scheme, weight, search=True, whole=whole)
     if scales == "mse":
         return ops.fit(W, scheme, search=True, power=2.4, whole=whole)
-    if scales == "minmax":
-        return ops.fit(W, scheme, whole=whole)
-    raise InputError(f"[gptq] scales must be feedback, hessian, mse or minmax, got {scales!r}")
+    return ops.fit(W, scheme, whole=whole)
 
 
 def _sweep(W: F32, H: F64, p: Factored, scheme: Scheme, o: _Options) -> tuple[QTensor, F64]:
@@ -299,6 +319,7 @@ def solve(
     if stats is None:
         raise InputError("[gptq] wanted Stats with H, got none")
     factors = prepared or prepare(stats, scheme, damping=damping, order=order)
+    check({"scales": scales, "order": order, "refine": refine, "alpha": alpha})
     share = _share_of_drift(alpha)
     o = _Options(order, scales, refine, share, negative, W if whole is None else whole)
     drifts = _drifts(stats, H) if alpha else [None] * len(H)
@@ -314,7 +335,7 @@ def _share_of_drift(alpha: float | str) -> float | None:
     """alpha as a number; None where it is to be chosen."""
     if alpha == "auto":
         return None
-    if isinstance(alpha, str) or not 0.0 <= alpha <= 1.0:
+    if not isinstance(alpha, int | float) or not 0.0 <= alpha <= 1.0:
         raise InputError(f'[gptq] alpha must be 0 to 1 or "auto", got {alpha!r}')
     return float(alpha)
 

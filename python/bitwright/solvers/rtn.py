@@ -16,7 +16,15 @@ from bitwright import ops
 from bitwright.spec import F32, F64, U8, InputError, QTensor, Report, Scheme, Stats
 
 NEEDS_H = False
+SCALES = ("minmax", "mse", "clip")
 EFFORTS: Mapping[str, Mapping[str, Any]] = {"fast": {}, "default": {}, "max": {}}
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """InputError for an option that `solve` could not use."""
+    scales = options.get("scales", "minmax")
+    if scales not in SCALES:
+        raise InputError(f"[rtn] scales must be minmax, mse or clip, got {scales!r}")
 
 
 def prepare(stats: Stats | None, scheme: Scheme, **options: object) -> None:
@@ -26,8 +34,6 @@ def prepare(stats: Stats | None, scheme: Scheme, **options: object) -> None:
 def _scales(W: F32, H: F64 | None, scheme: Scheme, scales: str) -> tuple[F32, U8]:
     if scales == "mse":
         return ops.fit(W, scheme, search=True, power=2.4)
-    if scales != "clip":
-        raise InputError(f"[rtn] scales must be minmax, mse or clip, got {scales!r}")
     if H is None:
         raise InputError("[rtn] scales clip wanted Stats with H, got none")
     return ops.fit(W, scheme) if scheme.group == -1 else ops.awq_clip(W, H, scheme)
@@ -42,6 +48,7 @@ def solve(
     scales: str = "minmax",
 ) -> tuple[QTensor, Report]:
     """W float32 (n, k) rounded to nearest; scales "minmax", "mse" or "clip"."""
+    check({"scales": scales})
     H = None if stats is None else stats.H
     plain = ops.encode(W, *ops.fit(W, scheme), scheme)
     q = plain if scales == "minmax" else ops.encode(W, *_scales(W, H, scheme, scales), scheme)
