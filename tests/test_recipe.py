@@ -106,3 +106,30 @@ def test_options_reach_the_solver(tmp_path):
     wish = {"samples": 4, "length": 64, "options": {"damping": 0.5, "order": "natural"}}
     report = bitwright.quantize(embedded_model(), wish, out=tmp_path / "out")
     assert {linear.damping for linear in report.linears} == {0.5}
+
+
+WRONG_OPTIONS = [
+    ({"scales": "magic"}, "scales must be feedback, hessian, mse or minmax, got 'magic'"),
+    ({"order": "up"}, "order must be gar, act or natural, got 'up'"),
+    ({"refine": "cxl"}, "refine must consist of c and l, got 'cxl'"),
+    ({"alpha": 2.0}, 'alpha must be 0 to 1 or "auto", got 2.0'),
+    ({"alpha": "most"}, "got 'most'"),
+    ({"attention": -1}, "attention must be a whole number from 0 on, got -1"),
+    ({"compare": 0.5}, "compare must be a whole number from 0 on, got 0.5"),
+    ({"damping": -0.1}, "damping must be a number from 0 on, got -0.1"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), WRONG_OPTIONS)
+def test_options_that_no_solver_could_use_are_refused_at_once(options, said):
+    with pytest.raises(InputError) as error:
+        recipe.from_dict({"options": options})
+    assert said in str(error.value)
+
+
+def test_efforts():
+    assert recipe.solver_options(recipe.from_dict({"effort": "fast"}))["refine"] == ""
+    both = recipe.from_dict({"effort": "fast", "options": {"refine": "c"}})
+    assert recipe.solver_options(both)["refine"] == "c"  # the option wins
+    with pytest.raises(InputError, match="wanted an effort of fast, default, max, got 'turbo'"):
+        recipe.from_dict({"effort": "turbo"})

@@ -1,0 +1,133 @@
+"""The float model beside the quantized one, and v's attention-mixed inputs: against plain runs and
+eager attention's own probabilities, on every declared architecture.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import tiny_models
+from bitwright import archs
+from bitwright.calib import attention, capture
+from bitwright.calib.discover import discover
+from captures import plain, quantize, rounded, same, skeleton, swap_in
+
+
+@pytest.fixture(scope="module", params=tiny_models.CONFIGS)
+def case(request):
+    model = tiny_models.make(request.param)
+    arch = archs.find(model.config.to_dict())
+    return model, arch
+
+
+@pytest.fixture
+def llama():
+    model = tiny_models.make("llama")
+    return model, archs.find(model.config.to_dict())
+
+
+@pytest.mark.parametrize("rerun", [False, True])
+def test_two_streams_are_two_plain_runs(case, rerun):
+    """The quantized stream is a plain run with the new weights, the float one with the old ones;
+    both inputs of every linear reach the statistics."""
+    model, arch = case
+    ids = tiny_models.batches()
+    weights = rounded(model, arch)
+    body = skeleton(model)
+    for mix in (0, 3):
+        after, seen, capture = quantize(body, arch, ids, weights, rerun, mix=mix, streams=2)
+        float_after, _, float_inputs = plain(model, arch, ids)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        swap_in(model, arch, weights)
+        want, _, inputs = plain(model, arch, ids)
+        model.load_state_dict(before)
+        assert not capture.notes
+        for streams, quantized, plainly in zip(after, want, float_after, strict=True):
+            assert same([s[0] for s in streams], quantized)
+            assert same([s[1] for s in streams], plainly)
+        for name, stats in seen.items():
+            if stats.X.ndim == 2:
+                assert np.array_equal(stats.X, inputs[name.removesuffix("[qk]")])
+                assert np.array_equal(stats.before, float_inputs[name.removesuffix("[qk]")])
+
+
+@torch.inference_mode()
+def attended(model, arch, ids, every):
+    """Inputs of v in each block, mixed by eager attention's own probabilities, per KV head."""
+    _, _, inputs = plain(model, arch, ids)
+    usual = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        shares = [model(batch, use_cache=False, output_attentions=True).attentions for batch in ids]
+    finally:
+        model.set_attn_implementation(usual)
+    config, mixed = model.config.get_text_config(), {}
+    kv = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    for i in range(len(shares[0])):
+        readers = [x for group in arch.groups for x in group.linears if "attn.v" in x.roles]
+        X = torch.from_numpy(inputs[f"{arch.blocks}.{i}.{readers[0].name}"])
+        parts, first = [], 0
+        for batch, share in zip(ids, shares, strict=True):
+            x = X[first : first + batch.numel()].view(*batch.shape, -1)
+            first += batch.numel()
+            y = torch.einsum("bhqt,btk->bhqk", share[i][:, :, every - 1 :: every], x)
+            y = y.unflatten(1, (kv, -1)).transpose(0, 1)
+            parts.append(y.reshape(kv, -1, y.shape[-1]).double())
+        Y = torch.cat(parts, 1)
+        mixed[i] = (Y.transpose(1, 2) @ Y / Y.shape[1]).numpy()
+    return mixed
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_v_is_measured_on_the_inputs_that_its_attention_mixes(case, every):
+    """H of each KV head, against the model's eager attention with all weights but v's swapped."""
+    model, arch = case
+    ids = tiny_models.batches()
+    weights = rounded(model, arch)
+    _, seen, capture = quantize(skeleton(model), arch, ids, weights, mix=every)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    swap_in(model, arch, weights)
+    want = attended(model, arch, ids, every)
+    model.load_state_dict(before)
+    assert not capture.notes
+    found = [stats.H for stats in seen.values() if stats.X.ndim == 3]
+    assert len(found) == len(want)
+    for H, wanted in zip(found, want.values(), strict=True):
+        pooled = wanted.reshape(len(H), -1, *H.shape[1:]).mean(1)
+        assert np.abs(H - pooled).max() <= 1e-4 * np.abs(pooled).max()
+
+
+def test_unknown_attention_leaves_v_the_plain_gram(llama, monkeypatch):
+    model, arch = llama
+    monkeypatch.setattr(attention, "mix", lambda *_: None)
+    _, seen, capture = quantize(
+        skeleton(model), arch, tiny_models.batches(), rounded(*llama), mix=8
+    )
+    assert all(stats.X.ndim == 2 for stats in seen.values())
+    assert capture.notes == ["v has the plain Gram: model.layers.0 attends in an unknown way"]
+
+
+def test_pooled_heads_are_told(llama, monkeypatch):
+    """Two KV heads in one matrix: the mean of theirs, and a note."""
+    model, arch = llama
+    ids, weights = tiny_models.batches(), rounded(*llama)
+    _, apart, _ = quantize(skeleton(model), arch, ids, weights, mix=3)
+    monkeypatch.setattr(capture._Run, "_most_pools", lambda _: 1)
+    _, seen, told = quantize(skeleton(model), arch, ids, weights, mix=3)
+    name = "model.layers.0.self_attn.v_proj"
+    assert seen[name].H.shape == (1, 32, 32)
+    assert np.allclose(seen[name].H[0], apart[name].H.mean(0))
+    assert len(told.notes) == 1
+    assert "v's 2 KV heads share 1 Gram matrices" in told.notes[0]
+
+
+def test_undeclared_architectures_keep_the_plain_gram_and_say_so(llama):
+    model, _ = llama
+    body = skeleton(model)
+    _, seen, told = quantize(
+        body, discover(body), tiny_models.batches(), rounded(*llama), mix=8, streams=2
+    )
+    assert all(stats.X.ndim == 2 and stats.before is not None for stats in seen.values())
+    assert told.notes == ["v has the plain Gram: the roles of its linears are not known"]
