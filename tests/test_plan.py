@@ -6,7 +6,9 @@ import pytest
 
 import tiny_models
 from bitwright import plan
+from bitwright import recipe as recipes
 from bitwright.demo import embedded_model
+from bitwright.job import open_job
 from bitwright.spec import Override, Recipe
 
 
@@ -74,3 +76,22 @@ def test_a_block_of_any_architecture(tmp_path):
         fmt = "gptq" if name == "gpt2" else "compressed-tensors"
         made = make(base, scheme="int4-g16", format=fmt, samples=4, length=16)
         assert made.ram_bytes > made.ram_base
+
+
+@pytest.mark.parametrize(
+    ("samples", "wish", "batches"),
+    [
+        (128, {}, 8),  # every second of 16 batches, 32768 tokens
+        (32, {}, 4),  # all 4: fewer than 32768 tokens
+        (512, {}, 32),
+        (128, {"effort": "max"}, 16),
+        (128, {"effort": "fast"}, 0),
+        (128, {"options": {"alpha": 0.0}}, 0),
+        (128, {"options": {"compare": 0}}, 0),
+        (128, {"method": "rtn"}, 0),
+    ],
+)
+def test_batches_of_the_float_model(samples, wish, batches):
+    recipe = recipes.from_dict({"samples": samples, "length": 512, **wish})
+    job = open_job(embedded_model(), recipe)
+    assert (job.batch, job.compare) == (8, batches)
