@@ -36,12 +36,14 @@ PYBIND11_MODULE(_core, m) {
 
   py::register_local_exception_translator(&translate);
 
-  py::class_<Grid>(m, "Grid").def(py::init<int, std::vector<float>, std::vector<float>>(),
-                                  arg("bits"), arg("levels"), arg("middles"));
+  py::class_<Grid>(m, "Grid").def(py::init<int, std::vector<float>, std::vector<float>, bool>(),
+                                  arg("bits"), arg("levels"), arg("middles"), arg("offset"));
   py::class_<FitSettings>(m, "FitSettings")
-      .def(py::init<Grid, Index, bool, int, std::string, float, double, bool, int, bool>(),
+      .def(py::init<Grid, Index, bool, int, std::string, float, double, bool, int, bool, Index,
+                    int>(),
            arg("grid"), arg("group"), arg("symmetric"), arg("zero_min"), arg("scale_grid"),
-           arg("global_scale"), arg("power"), arg("search"), arg("zero_span"), arg("negative"));
+           arg("global_scale"), arg("power"), arg("search"), arg("zero_span"), arg("negative"),
+           arg("block"), arg("scale_bits"));
 
   m.def("isa", [] { return std::string(table().isa); });
   m.def("levels", &levels);
@@ -50,7 +52,7 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("pack", &pack, as_is("codes"), arg("bits"), as_is("words"), Free());
   m.def("unpack", &unpack, as_is("words"), arg("bits"), as_is("codes"), Free());
-  m.def("fit", &fit, as_is("w"), as_is("weight"), arg("settings"), as_is("factors"),
+  m.def("fit", &fit, as_is("w"), as_is("weight"), arg("settings"), as_is("factors"), as_is("steps"),
         as_is("scales"), as_is("zeros"), Free());
   m.def("encode", &encode, as_is("w"), as_is("scales"), as_is("zeros"), arg("group"), arg("grid"),
         as_is("codes"), Free());
@@ -70,10 +72,11 @@ PYBIND11_MODULE(_core, m) {
   m.def("gptq", &gptq, as_is("w"), as_is("r"), as_is("order"), as_is("scales"), as_is("zeros"),
         arg("group"), arg("grid"), as_is("codes"), as_is("loss"), Free());
   m.def("gptq_search", &gptq_search, as_is("w"), as_is("r"), as_is("order"), arg("settings"),
-        as_is("factors"), as_is("scales"), as_is("zeros"), as_is("codes"), as_is("loss"), Free());
-  m.def("refine", &refine, as_is("w"), as_is("h"), as_is("dead"), arg("damping"), arg("settings"),
-        arg("pattern"), arg("tolerance"), as_is("scales"), as_is("zeros"), as_is("codes"),
+        as_is("factors"), as_is("steps"), as_is("scales"), as_is("zeros"), as_is("codes"),
         as_is("loss"), Free());
+  m.def("refine", &refine, as_is("w"), as_is("h"), as_is("dead"), arg("damping"), arg("settings"),
+        arg("pattern"), arg("tolerance"), as_is("steps"), as_is("scales"), as_is("zeros"),
+        as_is("codes"), as_is("loss"), Free());
   m.def("drift", &drift, as_is("w"), as_is("c"), as_is("r"), as_is("order"), as_is("delta"),
         Free());
   m.def("quadratic", &quadratic, as_is("e"), as_is("h"), Free());

@@ -1,8 +1,9 @@
 // The C++ table of contents: every op, its contract, its formula. Matrices are row-major, W is (n,
 // k) = (out, in); `group` columns share a scale, G = ceil(k / group); value w = (code - zero) *
-// scale, or of a table level * scale. Each op has a plain NumPy twin of the same name in tests/ref.
-// Errors are std::invalid_argument; W, E, H and R are refused unless finite and at most 2^56,
-// scales unless not 0.
+// scale, or of a table level * scale, or with offsets code * scale - zero. steps: of two-level
+// scales, (n, blocks), those of offsets behind them; else n x 0. Each op has a plain NumPy twin of
+// the same name in tests/ref. Errors are std::invalid_argument; W, E, H and R are refused unless
+// finite and at most 2^56, scales unless not 0.
 #pragma once
 
 #include <string>
@@ -14,10 +15,11 @@ namespace bitwright {
 
 // A number format: integers of `bits` bits around a zero point, or a table of levels (ascending, at
 // most 2^bits) where code i stands for levels[i] and the zero point is 0. A value above middles[i]
-// takes level i + 1 or a higher one.
+// takes level i + 1 or a higher one. offset: `zero` is in the units of W.
 struct Grid {
   int bits = 4;
   std::vector<float> levels, middles;
+  bool offset = false;
 };
 
 // How scales and zero points of a group are chosen; see FitOptions in kernels/types.h.
@@ -32,6 +34,8 @@ struct FitSettings {
   bool search = false;              // try start * factors, else absmax / min-max as they are
   int zero_span = 1;                // search, asymmetric: zero points z0 - span .. z0 + span
   bool negative = false;            // search, symmetric: scales of either sign
+  Index block = 0;                  // two levels: so many groups of a row share a step, and a scale
+  int scale_bits = 0;               // is 1 .. 2^scale_bits - 1 of it (symmetric: a bit less)
 };
 
 // words[r] holds codes[r] as a bitstream, least significant bit first: code i in bits [i b, i b +
@@ -42,12 +46,12 @@ void unpack(In<std::uint32_t> words, int bits, Out<std::uint8_t> codes);
 // Scales on their grid, zeros in [zero_min, 2^b - 1]. weight: (k) or empty; scores are weighted by
 // it.
 void fit(In<float> w, InVec<float> weight, const FitSettings& settings, InVec<float> factors,
-         Out<float> scales, Out<std::uint8_t> zeros);
+         In<float> steps, Out<float> scales, Out<float> zeros);
 // code = clamp(rint(w / scale) + zero, 0, 2^b - 1), ties to even.
-void encode(In<float> w, In<float> scales, In<std::uint8_t> zeros, Index group, const Grid& grid,
+void encode(In<float> w, In<float> scales, In<float> zeros, Index group, const Grid& grid,
             Out<std::uint8_t> codes);
 // w = (code - zero) * scale, or levels[code] * scale.
-void decode(In<std::uint8_t> codes, In<float> scales, In<std::uint8_t> zeros, Index group,
+void decode(In<std::uint8_t> codes, In<float> scales, In<float> zeros, Index group,
             const Grid& grid, Out<float> w);
 
 // H += X^T X over the rows of X (t, k): float32 products and sums over 512 rows, double above.
@@ -74,25 +78,25 @@ bool factor(In<double> h, InVec<std::int32_t> order, InVec<std::uint8_t> dead, d
             Out<float> r);
 // Inverse-free GPTQ with fixed scales (docs/solver.md 3.3): columns in `order`, R from factor().
 // loss (n): sum over columns of (R_kk (t_k - q_k))^2 = e (H + damping) e^T of each row.
-void gptq(In<float> w, In<float> r, InVec<std::int32_t> order, In<float> scales,
-          In<std::uint8_t> zeros, Index group, const Grid& grid, Out<std::uint8_t> codes,
-          OutVec<double> loss);
+void gptq(In<float> w, In<float> r, InVec<std::int32_t> order, In<float> scales, In<float> zeros,
+          Index group, const Grid& grid, Out<std::uint8_t> codes, OutVec<double> loss);
 
 // The same with scales and zero points chosen inside the sweep (docs/solver.md 6.3): for each
 // group, the candidate of `fit`, from the range of the group's targets u = w + a R_gg^-1, with the
 // least loss after the group's own feedback. Groups must be whole in `order`, which lists each
 // one's columns together.
 void gptq_search(In<float> w, In<float> r, InVec<std::int32_t> order, const FitSettings& settings,
-                 InVec<float> factors, Out<float> scales, Out<std::uint8_t> zeros,
+                 InVec<float> factors, In<float> steps, Out<float> scales, Out<float> zeros,
                  Out<std::uint8_t> codes, OutVec<double> loss);
 // Revises codes and scales in place after the sweep (docs/solver.md 7): minimises e H_d e^T of each
 // row, H_d = H + damping I (dead columns as in factor), by passes in the order of `pattern`: c
-// coordinate descent over codes, l least squares over scales, each step taken only where it gains.
+// coordinate descent over codes, l least squares over scales (and offsets, and steps), each step
+// taken only where it gains.
 // A row rests after a c that, like its last l, gained no more than `tolerance` of its loss; loss
 // (n) is what remains.
 void refine(In<float> w, In<double> h, InVec<std::uint8_t> dead, double damping,
             const FitSettings& settings, const std::string& pattern, double tolerance,
-            Out<float> scales, In<std::uint8_t> zeros, Out<std::uint8_t> codes,
+            Out<float> steps, Out<float> scales, Out<float> zeros, Out<std::uint8_t> codes,
             OutVec<double> loss);
 // delta (n, k) = W C (R R^T)^-1, columns in natural order (docs/solver.md 9): W + alpha delta is
 // the target that makes up for inputs which drifted, C = (X - X') X'^T / tokens.
@@ -106,10 +110,10 @@ void awq_scale(In<float> w, In<double> h, In<float> column_scales, const FitSett
                OutVec<double> losses);
 // Per row and group the range shrunk by that factor of `factors` with the least e_g H_gg e_g^T.
 void awq_clip(In<float> w, In<double> h, const FitSettings& settings, InVec<float> factors,
-              Out<float> scales, Out<std::uint8_t> zeros);
+              Out<float> scales, Out<float> zeros);
 
 // y (t, n) = x (t, k) W^T with W = decode(codes, ...), float32, k ascending.
-void qlinear(In<float> x, In<std::uint8_t> codes, In<float> scales, In<std::uint8_t> zeros,
-             Index group, Out<float> y);
+void qlinear(In<float> x, In<std::uint8_t> codes, In<float> scales, In<float> zeros, Index group,
+             Out<float> y);
 
 }  // namespace bitwright

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from bitwright import ops, schemes
@@ -16,6 +17,24 @@ from bitwright.spec import Scheme, Stats
 UNIT = 2.0**-24  # unit roundoff of float32
 DOUBLE = 2.0**-53
 FUSED = ops.isa() != "base" or platform.machine() not in {"x86_64", "AMD64"}  # the level has FMA
+
+
+# (rows, columns, group): panels hold 12, 24 or 48 rows, blocks 48 columns, words 32 bits.
+SHAPES = [
+    (1, 1, 1),
+    (1, 7, 3),
+    (5, 1, 4),
+    (11, 40, 16),
+    (24, 48, 48),
+    (47, 49, 32),
+    (49, 97, 10),
+    (97, 145, 64),
+]
+
+
+def assert_equal(ours: Any, twin: Any) -> None:
+    for a, b in zip(ours, twin, strict=True):
+        np.testing.assert_array_equal(a, b, strict=True)
 
 
 def rng(*seed: object) -> np.random.Generator:
@@ -63,6 +82,9 @@ def random_codes(n: int, k: int, s: Scheme, *seed: object) -> tuple[np.ndarray, 
         scales = np.ldexp(g.integers(8, 15, (n, G)), -12).astype(np.float32)
         scales[0, 0] = np.ldexp(448, -12)
     zeros = np.full((n, G), 2 ** (s.bits - 1) if s.grid.uniform else 0, np.uint8)
+    if s.offset:
+        offsets = (scales * g.integers(0, 2**s.bits - 1, (n, G))).astype(ml_dtypes.bfloat16)
+        return codes, scales, offsets.astype(np.float32)
     if not s.symmetric:
         zeros = g.integers(s.zero_min, 2**s.bits, (n, G), dtype=np.uint8)
     return codes, scales, zeros

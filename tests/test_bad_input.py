@@ -88,7 +88,7 @@ def test_blocks_that_the_config_does_not_count(base, tmp_path):
 def test_awq_over_a_table_is_refused_before_anything_runs(base, tmp_path, method):
     out = tmp_path / "out"
     with pytest.raises(
-        RefusedError, match=r"nf4-g16 is no integer scheme, AWQ's searches want one"
+        RefusedError, match=r"nf4-g16 is no plain integer scheme, AWQ's searches want one"
     ):
         quantize(base, out, scheme="nf4-g16", method=method, format="bitwright")
     assert not out.with_name("out.work").exists()

@@ -80,6 +80,8 @@ def written(fmt: ModuleType, q: QTensor, dtype=DTYPES[0]) -> dict[str, np.ndarra
 
 def same(a: QTensor, b: QTensor) -> bool:
     pairs = ((a.codes, b.codes), (a.scales, b.scales), (a.zeros, b.zeros))
+    if a.steps is not None:
+        pairs = (*pairs, (a.steps, b.steps))
     return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in pairs)
 
 
@@ -174,14 +176,18 @@ def test_a_transposed_weight_goes_where_a_reader_knows_it():
 TABLES = ["fp4-g16", "nf4-g64", "mxfp4", "nvfp4", "nf4-channel-fp32", "int3-g16-asym-fp16"]
 
 
-@pytest.mark.parametrize("scheme", [*TABLES, "int4-g16-e8m0"])
+OFFSETS = ["int4-g32-offset", "int2-channel-offset-fp32", "int4-g32-offset-fp16-8x6"]
+LEVELS = ["int3-g16-fp16-16x6", "int6-g16-3x8", "nf4-g64-fp16-2x6", "int2-g16-asym-16x4"]
+
+
+@pytest.mark.parametrize("scheme", [*TABLES, "int4-g16-e8m0", *OFFSETS, *LEVELS])
 def test_only_our_own_format_holds_tables_and_other_scales(scheme):
     wanted = schemes.parse(scheme)
     for name in FORMATS:
         reason = module(name).refuse((target(NAME, (96, 256), wanted),), ARCH)
         if name == "bitwright":
             assert reason is None
-        elif not wanted.grid.uniform or wanted.scale == "e8m0":
+        elif not wanted.plain or wanted.scale == "e8m0":
             assert NAME in reason
     fmt, W = module("bitwright"), np.random.default_rng(1).normal(size=(96, 256))
     W = W.astype(np.float32) * np.float32(0.01)

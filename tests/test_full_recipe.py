@@ -14,6 +14,7 @@ from bitwright.spec import Held, InputError, QTensor, Stats
 from problems import hessian, inputs, rng, stats, weights
 
 SCHEMES = ["int2-g16-asym", "int3-g16", "int4-g64", "int4-channel", "nf4-g16", "mxfp4", "nvfp4"]
+SCHEMES += ["int3-g16-offset", "int4-g16-offset-fp16-2x6", "int3-g16-fp16-4x6"]
 PLAIN: dict[str, Any] = {"refine": "", "alpha": 0.0}
 
 

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,8 @@ def run_gptq() -> list[Any]:
 
 def run_gptq_search() -> list[Any]:
     results = []
-    for s, negative in ((problem()[0], False), (scheme(4, GROUP), True)):
+    two = replace(problem()[0], scale="fp16", offset=True, block=2, scale_bits=6)
+    for s, negative in ((problem()[0], False), (scheme(4, GROUP), True), (two, False)):
         _, W, H, _ = problem()
         order = groups_together(K, GROUP)
         R, _, _ = ops.factor(H, 0.01, order)
@@ -180,10 +182,14 @@ def run_gptq_search() -> list[Any]:
 
 
 def run_refine() -> list[Any]:
+    results = []
     s, W, H, _ = problem()
-    start = ops.encode(W, *ops.fit(W, s), s)
-    q, loss = ops.refine(W, H, start, 0.01, rng("dead").random(K) < 0.05)
-    return [q.codes, q.scales, loss]
+    two = replace(s, scale="fp16", offset=True, block=2, scale_bits=6)
+    for kind in (s, two):
+        start = ops.encode(W, *ops.fit(W, kind), kind)
+        q, loss = ops.refine(W, H, start, 0.01, rng("dead").random(K) < 0.05)
+        results += [q.codes, q.scales, q.zeros, loss]
+    return [*results, q.steps]
 
 
 def run_drift() -> list[Any]:
@@ -265,7 +271,18 @@ def test_same_bytes_for_every_level_with_fma() -> None:
 def test_base_level_equals_its_twins() -> None:
     if ops.isa() == "base":
         pytest.skip("the tests of this process run at the base level already")
-    tests = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "test_ops.py", "-k", "twin")
+    tests = (
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "test_ops.py",
+        "test_scales.py",
+        "-k",
+        "twin",
+    )
     done = at_level("base", *tests)
     assert done.returncode == 0, done.stdout[-4000:]
 

@@ -8,7 +8,7 @@ namespace bitwright::BITWRIGHT_ISA_NAME {
 
 namespace {
 
-template <bool kOpen, bool kTable>
+template <bool kOpen, bool kTable, bool kOffset>
 inline void sweep(const FeedbackBlock& block) {
   VF loss[kVectors];
   for (int v = 0; v < kVectors; ++v) loss[v] = load<VF>(block.loss + v * kF32);
@@ -23,8 +23,10 @@ inline void sweep(const FeedbackBlock& block) {
       VF value = target;
       if (!kOpen) {
         const VF s = load<VF>(block.scale[p] + v * kF32), z = load<VF>(block.zero[p] + v * kF32);
-        const Rounded nearest = to_grid<kTable>(target / s, z, block.max_code, block.levels);
+        const VF shifted = kOffset ? target + z : target;
+        const Rounded nearest = to_grid<kTable>(shifted / s, kOffset ? VF{} : z, block.coding);
         value = nearest.level * s;
+        if (kOffset) value = value - z;
         const VF residual = pivot * (target - value);
         loss[v] = loss[v] + residual * residual;
         store(block.codes + at, __builtin_convertvector(nearest.code, VI));
@@ -46,11 +48,13 @@ inline void sweep(const FeedbackBlock& block) {
 
 void feedback(const FeedbackBlock& block) {
   if (block.open)
-    sweep<true, false>(block);
-  else if (block.levels != nullptr)
-    sweep<false, true>(block);
+    sweep<true, false, false>(block);
+  else if (block.coding.levels != nullptr)
+    sweep<false, true, false>(block);
+  else if (block.coding.offset)
+    sweep<false, false, true>(block);
   else
-    sweep<false, false>(block);
+    sweep<false, false, false>(block);
 }
 
 }  // namespace bitwright::BITWRIGHT_ISA_NAME

@@ -24,11 +24,12 @@ inline VF fifth_root(VF y) {
 template <bool kPower24, bool kTable>
 inline VF score(const FitOptions& o, std::int64_t columns, const float* w, const float* weight,
                 VF s, VF z) {
-  const float top = static_cast<float>(o.max_code);
+  const VF offset = o.coding.offset ? z : VF{}, zero = o.coding.offset ? VF{} : z;
   VF sum = {};
   for (std::int64_t j = 0; j < columns; ++j) {
     const VF value = load<VF>(w + j * kNrF32);
-    const VF error = value - to_grid<kTable>(value / s, z, top, o.levels).level * s;
+    const VF level = to_grid<kTable>((value + offset) / s, zero, o.coding).level;
+    const VF error = value - (level * s - offset);
     VF loss = error * error;
     if (kPower24) loss = loss > 1e-30F ? loss * fifth_root(loss) : VF{};
     sum = sum + (weight != nullptr ? loss * weight[j] : loss);
@@ -69,18 +70,24 @@ inline std::int64_t per_factor(const FitOptions& o) {
   return o.symmetric ? (o.negative ? 2 : 1) : 2 * o.zero_span + 1;
 }
 
-inline Pair pair_of(const FitOptions& o, const Range& r, std::int64_t i) {
+inline Pair pair_of(const FitOptions& o, const Range& r, std::int64_t i, int vector) {
+  const float* step = o.step == nullptr ? nullptr : o.step + vector * kF32;
   const float factor = o.factor_count > 0 ? o.factors[i / per_factor(o)] : 1.0F;
   const std::int64_t d = i % per_factor(o);
   if (o.symmetric) {
-    const VF s = to_scale_grid(symmetric_start(o, r, d == 1) * factor, o.grid);
+    const VF s = to_scale_grid(symmetric_start(o, r, d == 1) * factor, o.grid, step);
     return {d == 1 ? -s : s, broadcast<VF>(o.middle)};
   }
-  const VF top = broadcast<VF>(static_cast<float>(o.max_code));
+  const VF top = broadcast<VF>(o.coding.max_code);
   const auto empty = r.low == r.high;
-  const VF low = empty ? broadcast<VF>(-1.0F) : r.low, high = empty ? broadcast<VF>(1.0F) : r.high;
-  const VF s = to_scale_grid((high - low) / top * factor, o.grid);
+  const VF bottom = o.coding.offset ? VF{} : broadcast<VF>(-1.0F);
+  const VF low = empty ? bottom : r.low, high = empty ? broadcast<VF>(1.0F) : r.high;
+  const VF s = to_scale_grid((high - low) / top * factor, o.grid, step);
   const float shift = static_cast<float>(d % 2 == 1 ? -(d + 1) / 2 : d / 2);
+  if (o.coding.offset) {
+    const float* offset_step = o.offset_step == nullptr ? nullptr : o.offset_step + vector * kF32;
+    return {s, to_offset_grid(s * (shift * 0.25F) - low * factor, o.grid, offset_step)};
+  }
   const VF z = rint(-low * factor / s) + shift;
   return {s, minimum(maximum(z, broadcast<VF>(o.zero_min)), top)};
 }
@@ -98,12 +105,12 @@ inline void consider(Best& best, VF score, VF s, VF z) {
 
 template <bool kPower24, bool kTable>
 inline void fit_vector(const FitOptions& o, std::int64_t columns, const float* w,
-                       const float* weight, float* scale, float* zero) {
+                       const float* weight, int vector, float* scale, float* zero) {
   const Range r = range_of(columns, w);
   const std::int64_t count = o.factor_count > 0 ? o.factor_count * per_factor(o) : 1;
   Best best = {};
   for (std::int64_t i = 0; i < count; ++i) {
-    const Pair at = pair_of(o, r, i);
+    const Pair at = pair_of(o, r, i, vector);
     // the first is kept where every score overflows
     if (i == 0) best = {broadcast<VF>(__builtin_inff()), at.scale, at.zero};
     const VF loss = o.factor_count > 0
@@ -120,10 +127,10 @@ inline void fit_vector(const FitOptions& o, std::int64_t columns, const float* w
 void fit_group(const FitOptions& options, std::int64_t columns, const float* w, const float* weight,
                float* scale, float* zero) {
   for (int v = 0; v < kVectors; ++v) {
-    const auto fit = options.levels != nullptr
+    const auto fit = options.coding.levels != nullptr
                          ? (options.power_2_4 ? fit_vector<true, true> : fit_vector<false, true>)
                          : (options.power_2_4 ? fit_vector<true, false> : fit_vector<false, false>);
-    fit(options, columns, w + v * kF32, weight, scale + v * kF32, zero + v * kF32);
+    fit(options, columns, w + v * kF32, weight, v, scale + v * kF32, zero + v * kF32);
   }
 }
 
@@ -139,7 +146,7 @@ void candidate(const FitOptions& options, const float* low, const float* high, s
                float* scale, float* zero) {
   for (int v = 0; v < kVectors; ++v) {
     const Range r = {load<VF>(low + v * kF32), load<VF>(high + v * kF32)};
-    const Pair at = pair_of(options, r, i);
+    const Pair at = pair_of(options, r, i, v);
     store(scale + v * kF32, at.scale);
     store(zero + v * kF32, at.zero);
   }

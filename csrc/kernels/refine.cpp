@@ -33,7 +33,7 @@ inline void descend_block(const DescentBlock& block, bool* moved) {
       const VF level = load<VF>(block.level + at), g = load<VF>(block.g + at);
       const VF old = level * s;
       const VF wish = (old + g / pivot) / s;
-      const VF next = to_grid<kTable>(wish, z, block.max_code, block.levels).level;
+      const VF next = to_grid<kTable>(wish, z, block.coding).level;
       const VF d = old - next * s;
       const VF gain = -d * (2.0F * g + d * pivot);
       const VI better = (gain > 0.0F) & (load<VF>(block.active + v * kF32) > 0.0F);
@@ -58,11 +58,20 @@ inline void descend_block(const DescentBlock& block, bool* moved) {
 }  // namespace
 
 void descend(const DescentBlock& block, bool* moved) {
-  if (block.levels != nullptr)
+  if (block.coding.levels != nullptr)
     descend_block<true>(block, moved);
   else
     descend_block<false>(block, moved);
 }
+
+namespace {
+
+inline VF with_sign_of(VF s, VF wish, const ScaleGrid& grid, const float* step) {
+  const VF stored = to_scale_grid(s < 0.0F ? -wish : wish, grid, step);
+  return s < 0.0F ? -stored : stored;
+}
+
+}  // namespace
 
 void rescale(const RescaleGroup& group, bool* moved) {
   const VF bottom = {};
@@ -77,8 +86,9 @@ void rescale(const RescaleGroup& group, bool* moved) {
     }
     const VF s = load<VF>(group.scale + v * kF32);
     const VF wish = s + slope / (curve > 0.0F ? curve : broadcast<VF>(1.0F));
-    const VF stored = to_scale_grid(s < 0.0F ? -wish : wish, group.grid);
-    const VF next = s < 0.0F ? -stored : stored;
+    const float* step = group.step == nullptr ? nullptr : group.step + v * kF32;
+    const VF next = group.offset ? to_offset_grid(wish, group.grid, step)
+                                 : with_sign_of(s, wish, group.grid, step);
     const VF change = next - s;
     const VF gain = change * (2.0F * slope - change * curve);
     const VI better = (gain > 0.0F) & (curve > 0.0F) & (load<VF>(group.active + v * kF32) > 0.0F);

@@ -11,11 +11,12 @@ struct Rounded {
 };
 
 template <bool kTable>
-inline Rounded to_grid(VF x, VF zero, float max_code, const Levels* levels) {
+inline Rounded to_grid(VF x, VF zero, const Coding& coding) {
   if (!kTable) {
-    const VF code = minimum(maximum(rint(x) + zero, VF{}), broadcast<VF>(max_code));
+    const VF code = minimum(maximum(rint(x) + zero, VF{}), broadcast<VF>(coding.max_code));
     return {code, code - zero};
   }
+  const Levels* levels = coding.levels;
   Rounded r = {VF{}, broadcast<VF>(levels->values[0])};
   for (int i = 1; i < levels->count; ++i) {
     const auto above = x > levels->middles[i - 1];

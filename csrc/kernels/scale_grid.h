@@ -1,4 +1,5 @@
-// Scales as they are stored: positive values of a ScaleGrid, ties to even.
+// Scales as they are stored: positive values of a ScaleGrid, ties to even; and offsets, of either
+// sign, or multiples from 0 on of their step.
 #pragma once
 
 #include "kernels/simd.h"
@@ -6,7 +7,20 @@
 
 namespace bitwright::BITWRIGHT_ISA_NAME {
 
-inline VF to_scale_grid(VF s, const ScaleGrid& grid) {
+inline VF multiple_of(VF x, const float* step, int least, int most) {
+  const VF unit = load<VF>(step), bottom = broadcast<VF>(static_cast<float>(least));
+  return minimum(maximum(rint(x / unit), bottom), broadcast<VF>(static_cast<float>(most))) * unit;
+}
+
+inline VF to_scale_grid(VF s, const ScaleGrid& grid, const float* step) {
+  if (grid.codes > 0) return multiple_of(s, step, 1, grid.codes);
+  if (grid.finest > 0.0F) {
+    const VF fine = rint(s / grid.finest) * grid.finest;
+    ScaleGrid above = grid;
+    above.finest = 0.0F;
+    return s < 0x1p-14F ? maximum(fine, broadcast<VF>(grid.smallest))
+                        : to_scale_grid(s, above, nullptr);
+  }
   s = s * grid.global;
   if (grid.mantissa_drop > 0) {
     const std::int32_t low = (1 << grid.mantissa_drop) - 1;
@@ -16,6 +30,13 @@ inline VF to_scale_grid(VF s, const ScaleGrid& grid) {
   }
   return minimum(maximum(s, broadcast<VF>(grid.smallest)), broadcast<VF>(grid.largest)) /
          grid.global;
+}
+
+inline VF to_offset_grid(VF o, const ScaleGrid& grid, const float* step) {
+  if (grid.codes > 0) return multiple_of(o, step, 0, grid.codes);
+  const VF size = o < 0.0F ? -o : o;
+  const VF kept = size < grid.smallest * 0.5F ? VF{} : to_scale_grid(size, grid, nullptr);
+  return o < 0.0F ? -kept : kept;
 }
 
 }  // namespace bitwright::BITWRIGHT_ISA_NAME

@@ -13,10 +13,9 @@ namespace bitwright {
 namespace {
 
 // error [columns][nr] = w / s - value on the grid / s, for one group of a panel; s may be null.
-void round_group(int max_code, Index columns, const float* w, const float* column_scale,
+void round_group(float top, Index columns, const float* w, const float* column_scale,
                  const float* scale, const float* zero, float* error) {
   const Index nr = table().nr_f32;
-  const float top = static_cast<float>(max_code);
   for (Index j = 0; j < columns; ++j)
     for (Index lane = 0; lane < nr; ++lane) {
       const float value = w[j * nr + lane];
@@ -62,7 +61,8 @@ void awq_scale(In<float> w, In<double> h, In<float> column_scales, const FitSett
   require_finite("awq_scale", "H", h);
   const Eigen::VectorXf none;
   const GridLevels levels(settings.grid);
-  require(levels.get() == nullptr, "[awq_scale] the grid must be of integers, got a table");
+  require(levels.get() == nullptr && !settings.grid.offset && settings.block == 0,
+          "[awq_scale] the grid must be of integers with zero points and one level of scales");
   const FitOptions options = fit_options(settings, levels, none);
   const LeftSlices left = half_of(h, 0, k);
   const Index panels = ceil_div(n, nr), candidates = column_scales.rows();
@@ -77,8 +77,8 @@ void awq_scale(In<float> w, In<double> h, In<float> column_scales, const FitSett
     for (Index first = 0; first < k; first += group) {
       const Index columns = std::min(group, k - first);
       table().fit_group(options, columns, values + first * nr, nullptr, scale.get(), zero.get());
-      round_group(options.max_code, columns, values + first * nr, column_scale + first, scale.get(),
-                  zero.get(), error + first * nr);
+      round_group(options.coding.max_code, columns, values + first * nr, column_scale + first,
+                  scale.get(), zero.get(), error + first * nr);
     }
     panel_quadratic(left, k, error.get(), loss + task * nr);
   });
@@ -89,7 +89,7 @@ void awq_scale(In<float> w, In<double> h, In<float> column_scales, const FitSett
 }
 
 void awq_clip(In<float> w, In<double> h, const FitSettings& settings, InVec<float> factors,
-              Out<float> scales, Out<std::uint8_t> zeros) {
+              Out<float> scales, Out<float> zeros) {
   const Index n = w.rows(), k = w.cols(), nr = table().nr_f32, group = settings.group;
   require_square("awq_clip", k, h);
   require_codes("awq_clip", n, k, group, scales, zeros);
@@ -99,7 +99,8 @@ void awq_clip(In<float> w, In<double> h, const FitSettings& settings, InVec<floa
   require(factors.size() > 0, "[awq_clip] factors must have at least 1 entry, got 0");
   const Eigen::VectorXf none;
   const GridLevels levels(settings.grid);
-  require(levels.get() == nullptr, "[awq_clip] the grid must be of integers, got a table");
+  require(levels.get() == nullptr && !settings.grid.offset && settings.block == 0,
+          "[awq_clip] the grid must be of integers with zero points and one level of scales");
   const FitOptions plain = fit_options(settings, levels, none);
   for (Index g = 0; g < scales.cols(); ++g) {
     const Index first = g * group, columns = std::min(group, k - first);
@@ -114,15 +115,15 @@ void awq_clip(In<float> w, In<double> h, const FitSettings& settings, InVec<floa
         options.factor_count = 1;
         options.factors = factors.data() + f;
         table().fit_group(options, columns, values.get(), nullptr, scale.get(), zero.get());
-        round_group(options.max_code, columns, values.get(), nullptr, scale.get(), zero.get(),
-                    error.get());
+        round_group(options.coding.max_code, columns, values.get(), nullptr, scale.get(),
+                    zero.get(), error.get());
         std::fill(loss.get(), loss + nr, 0.0);
         panel_quadratic(left, columns, error.get(), loss.get());
         for (Index lane = 0; lane < std::min(nr, n - panel * nr); ++lane) {
           if (f > 0 && !(loss[lane] < best[lane])) continue;
           best[lane] = loss[lane];
           scales(panel * nr + lane, g) = scale[lane];
-          zeros(panel * nr + lane, g) = static_cast<std::uint8_t>(zero[lane]);
+          zeros(panel * nr + lane, g) = zero[lane];
         }
       }
     });

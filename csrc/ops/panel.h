@@ -75,7 +75,7 @@ inline void panel_quadratic(const LeftSlices& h, Index k, const float* e, double
 }
 
 inline void require_codes(const char* op, Index n, Index k, Index group, In<float> scales,
-                          In<std::uint8_t> zeros) {
+                          In<float> zeros) {
   require(group > 0, "[", op, "] group must be positive, got ", group);
   const Index groups = ceil_div(k, group);
   require(

@@ -6,8 +6,8 @@
 
 namespace bitwright {
 
-void qlinear(In<float> x, In<std::uint8_t> codes, In<float> scales, In<std::uint8_t> zeros,
-             Index group, Out<float> y) {
+void qlinear(In<float> x, In<std::uint8_t> codes, In<float> scales, In<float> zeros, Index group,
+             Out<float> y) {
   const Index t = x.rows(), n = codes.rows(), k = codes.cols();
   require_codes("qlinear", n, k, group, scales, zeros);
   require(x.cols() == k, "[qlinear] x must be t x ", k, " to match codes (", n, " x ", k, "), got ",
@@ -21,9 +21,9 @@ void qlinear(In<float> x, In<std::uint8_t> codes, In<float> scales, In<std::uint
     Buffer<float> weights(k * nr, true), c(mr * nr);
     for (Index lane = 0; lane < rows; ++lane)
       for (Index p = 0; p < k; ++p)
-        weights[p * nr + lane] = (static_cast<float>(codes(row + lane, p)) -
-                                  static_cast<float>(zeros(row + lane, p / group))) *
-                                 scales(row + lane, p / group);
+        weights[p * nr + lane] =
+            (static_cast<float>(codes(row + lane, p)) - zeros(row + lane, p / group)) *
+            scales(row + lane, p / group);
     for (Index s = 0; s < left.slices(); ++s) {
       std::fill(c.get(), c + mr * nr, 0.0F);
       table().tile_f32(k, left.slice(s), mr, weights.get(), c.get(), nr);

@@ -1,8 +1,8 @@
 // Refinement after the sweep (docs/solver.md 7), a panel of rows at a time, columns in natural
-// order. Kept for every column: level l = c - z and g = (w - q) H_d, so that the gain of a step is
-// known without a product. A block of columns (c) or a group (l) is revised by the kernel; its
-// changes then go to the other columns of g as tiles. Every g_j is one chain over the steps in
-// their order.
+// order. Kept for every column: level l = c - z (of offsets l = c) and g = (w - q) H_d, so that the
+// gain of a step is known without a product. A block of columns (c) or a group (l) is revised by
+// the kernel; its changes then go to the other columns of g as tiles. Every g_j is one chain over
+// the steps in their order.
 #include <algorithm>
 #include <cmath>
 #include <string>
@@ -12,6 +12,7 @@
 #include "ops.h"
 #include "ops/fit_options.h"
 #include "ops/panel.h"
+#include "ops/steps.h"
 
 namespace bitwright {
 
@@ -21,23 +22,30 @@ constexpr Index kBlock = 24;  // a multiple of every mr
 
 class RefinePanel {
  public:
-  RefinePanel(In<float> w, In<float> scales, In<std::uint8_t> zeros, In<std::uint8_t> codes,
-              Index group, const FitOptions& options, const LeftSlices& h, Index row)
+  RefinePanel(In<float> w, In<float> steps, In<float> scales, In<float> zeros,
+              In<std::uint8_t> codes, const FitSettings& settings, const FitOptions& options,
+              const LeftSlices& h, Index row)
       : nr_(table().nr_f32),
         mr_(table().mr_f32),
         k_(w.cols()),
-        group_(group),
+        group_(settings.group),
         groups_(scales.cols()),
+        block_(settings.block),
+        widest_(std::min(std::max<Index>(block_, 1) * group_, k_)),
         rows_(std::min(nr_, w.rows() - row)),
         options_(options),
+        steps_(steps, settings, row),
         h_(h),
         w_(k_ * nr_),
         level_(k_ * nr_, true),
         g_(ceil_div(k_, mr_) * mr_ * nr_, true),
-        d_(std::max(kBlock, std::min(group, k_)) * nr_),
-        scratch_((std::min(group, k_) + 2 * mr_) * nr_),
+        d_(std::max(kBlock, widest_) * nr_),
+        scratch_((widest_ + 2 * mr_) * nr_),
+        multiple_(block_ > 0 ? widest_ * nr_ : 0),
+        minus_(std::min(group_, k_) * nr_),
         scale_(groups_ * nr_),
         zero_(groups_ * nr_, true),
+        offset_(groups_ * nr_, true),
         active_(nr_, true),
         gain_(nr_),
         loss_(nr_, true) {
@@ -47,11 +55,13 @@ class RefinePanel {
       active_[lane] = lane < rows_ ? 1.0F : 0.0F;
       for (Index g = 0; g < groups_; ++g) {
         scale_[g * nr_ + lane] = lane < rows_ ? scales(row + lane, g) : 1.0F;
-        zero_[g * nr_ + lane] = lane < rows_ ? static_cast<float>(zeros(row + lane, g)) : 0.0F;
+        (options.coding.offset ? offset_ : zero_)[g * nr_ + lane] =
+            lane < rows_ ? zeros(row + lane, g) : 0.0F;
       }
       for (Index j = 0; j < k_ && lane < rows_; ++j)
-        level_[j * nr_ + lane] = level_of(codes(row + lane, j), zero_[j / group * nr_ + lane]);
+        level_[j * nr_ + lane] = level_of(codes(row + lane, j), zero_[j / group_ * nr_ + lane]);
     }
+    std::fill(minus_.get(), minus_ + std::min(group_, k_) * nr_, -1.0F);
     Buffer<float> e(k_ * nr_);
     errors(e.get());
     for (Index s = 0; s < h_.slices(); ++s)
@@ -75,8 +85,7 @@ class RefinePanel {
       b.ldh = kBlock;
       b.scale = scale;
       b.zero = zero;
-      b.levels = options_.levels;
-      b.max_code = static_cast<float>(options_.max_code);
+      b.coding = options_.coding;
       b.active = active_.get();
       b.level = level_ + first * nr_;
       b.g = g_ + first * nr_;
@@ -88,29 +97,21 @@ class RefinePanel {
     }
   }
 
-  // One pass of least squares over the scales of all groups.
+  // One pass of least squares: the scale of each group and its offset, then the steps of each
+  // block.
   void rescale() {
     std::fill(gain_.get(), gain_ + nr_, 0.0F);
     for (Index g = 0; g < groups_; ++g) {
       const Index first = g * group_, columns = std::min(group_, k_ - first);
-      const Index begin = first / mr_, end = ceil_div(first + columns, mr_);
-      std::fill(scratch_.get(), scratch_ + (end - begin) * mr_ * nr_, 0.0F);
-      for (Index s = begin; s < end; ++s)
-        table().tile_f32(columns, h_.slice(s) + first * mr_, mr_, level_ + first * nr_,
-                         scratch_ + (s - begin) * mr_ * nr_, nr_);
-      RescaleGroup r{};
-      r.columns = columns;
-      r.grid = options_.grid;
-      r.level = level_ + first * nr_;
-      r.g = g_ + first * nr_;
-      r.hl = scratch_ + (first - begin * mr_) * nr_;
-      r.active = active_.get();
-      r.scale = scale_ + g * nr_;
-      r.d = d_.get();
-      r.gain = gain_.get();
-      bool moved = false;
-      table().rescale(r, &moved);
-      if (moved) spread(first, columns, 0, 0);
+      const FitOptions here = steps_.at(options_, g);
+      revise(first, columns, level_ + first * nr_, {here.grid, here.step, false}, scale_ + g * nr_);
+      if (options_.coding.offset)
+        revise(first, columns, minus_.get(), {here.grid, here.offset_step, true},
+               offset_ + g * nr_);
+    }
+    for (Index b = 0; b < steps_.blocks(); ++b) {
+      revise_step(b, scale_.get(), steps_.scale(b), false);
+      if (options_.coding.offset) revise_step(b, offset_.get(), steps_.offset(b), true);
     }
   }
 
@@ -128,11 +129,16 @@ class RefinePanel {
     return any;
   }
 
-  void finish(Index row, Out<float> scales, Out<std::uint8_t> codes, OutVec<double> loss) {
+  void finish(Index row, Out<float> steps, Out<float> scales, Out<float> zeros,
+              Out<std::uint8_t> codes, OutVec<double> loss) {
     remaining();
     for (Index lane = 0; lane < rows_; ++lane) {
       loss[row + lane] = loss_[lane];
-      for (Index g = 0; g < groups_; ++g) scales(row + lane, g) = scale_[g * nr_ + lane];
+      for (Index b = 0; b < steps.cols(); ++b) steps(row + lane, b) = steps_.scale(b)[lane];
+      for (Index g = 0; g < groups_; ++g) {
+        scales(row + lane, g) = scale_[g * nr_ + lane];
+        if (options_.coding.offset) zeros(row + lane, g) = offset_[g * nr_ + lane];
+      }
       for (Index j = 0; j < k_; ++j)
         codes(row + lane, j) = code_of(level_[j * nr_ + lane], zero_[j / group_ * nr_ + lane]);
     }
@@ -140,21 +146,69 @@ class RefinePanel {
 
  private:
   float level_of(std::uint8_t code, float zero) const {
-    return options_.levels ? options_.levels->values[code] : static_cast<float>(code) - zero;
+    const Levels* levels = options_.coding.levels;
+    return levels ? levels->values[code] : static_cast<float>(code) - zero;
   }
 
   std::uint8_t code_of(float level, float zero) const {
-    if (!options_.levels) return static_cast<std::uint8_t>(level + zero);
-    const float* first = options_.levels->values;
-    return static_cast<std::uint8_t>(
-        std::lower_bound(first, first + options_.levels->count, level) - first);
+    const Levels* levels = options_.coding.levels;
+    if (!levels) return static_cast<std::uint8_t>(level + zero);
+    const float* first = levels->values;
+    return static_cast<std::uint8_t>(std::lower_bound(first, first + levels->count, level) - first);
   }
 
   void errors(float* e) const {
     for (Index j = 0; j < k_; ++j)
       for (Index lane = 0; lane < nr_; ++lane)
         e[j * nr_ + lane] =
-            w_[j * nr_ + lane] - level_[j * nr_ + lane] * scale_[j / group_ * nr_ + lane];
+            w_[j * nr_ + lane] - (level_[j * nr_ + lane] * scale_[j / group_ * nr_ + lane] -
+                                  offset_[j / group_ * nr_ + lane]);
+  }
+
+  struct Stored {
+    ScaleGrid grid;
+    const float* step;
+    bool offset;
+  };
+
+  // Least squares over one factor per lane of `level` [columns][nr].
+  void revise(Index first, Index columns, const float* level, const Stored& stored, float* factor) {
+    const Index begin = first / mr_, end = ceil_div(first + columns, mr_);
+    std::fill(scratch_.get(), scratch_ + (end - begin) * mr_ * nr_, 0.0F);
+    for (Index s = begin; s < end; ++s)
+      table().tile_f32(columns, h_.slice(s) + first * mr_, mr_, level,
+                       scratch_ + (s - begin) * mr_ * nr_, nr_);
+    RescaleGroup r{};
+    r.columns = columns;
+    r.grid = stored.grid;
+    r.step = stored.step;
+    r.offset = stored.offset;
+    r.level = level;
+    r.g = g_ + first * nr_;
+    r.hl = scratch_ + (first - begin * mr_) * nr_;
+    r.active = active_.get();
+    r.scale = factor;
+    r.d = d_.get();
+    r.gain = gain_.get();
+    bool moved = false;
+    table().rescale(r, &moved);
+    if (moved) spread(first, columns, 0, 0);
+  }
+
+  // The step of a block's scales (or offsets), the multiples of it as they are.
+  void revise_step(Index b, float* values, float* step, bool offset) {
+    const Index begin = b * block_, end = std::min(groups_, begin + block_);
+    const Index first = begin * group_, columns = std::min(k_, end * group_) - first;
+    for (Index g = begin; g < end; ++g)
+      for (Index lane = 0; lane < nr_; ++lane)
+        values[g * nr_ + lane] = std::nearbyint(values[g * nr_ + lane] / step[lane]);
+    for (Index j = 0; j < columns; ++j)
+      for (Index lane = 0; lane < nr_; ++lane)
+        multiple_[j * nr_ + lane] = (offset ? -1.0F : level_[(first + j) * nr_ + lane]) *
+                                    values[(first + j) / group_ * nr_ + lane];
+    revise(first, columns, multiple_.get(), {options_.step_grid, nullptr, false}, step);
+    for (Index g = begin; g < end; ++g)
+      for (Index lane = 0; lane < nr_; ++lane) values[g * nr_ + lane] *= step[lane];
   }
 
   // e H e^T of each row from the errors and g.
@@ -175,10 +229,12 @@ class RefinePanel {
                          nr_);
   }
 
-  Index nr_, mr_, k_, group_, groups_, rows_;
+  Index nr_, mr_, k_, group_, groups_, block_, widest_, rows_;
   FitOptions options_;
+  PanelSteps steps_;
   const LeftSlices& h_;
-  Buffer<float> w_, level_, g_, d_, scratch_, scale_, zero_, active_, gain_;
+  Buffer<float> w_, level_, g_, d_, scratch_, multiple_, minus_, scale_, zero_, offset_, active_,
+      gain_;
   Buffer<double> loss_;
   std::vector<bool> resting_[2];
 };
@@ -187,12 +243,13 @@ class RefinePanel {
 
 void refine(In<float> w, In<double> h, InVec<std::uint8_t> dead, double damping,
             const FitSettings& settings, const std::string& pattern, double tolerance,
-            Out<float> scales, In<std::uint8_t> zeros, Out<std::uint8_t> codes,
+            Out<float> steps, Out<float> scales, Out<float> zeros, Out<std::uint8_t> codes,
             OutVec<double> loss) {
   const Index n = w.rows(), k = w.cols(), nr = table().nr_f32;
   require_square("refine", k, h);
   require_codes("refine", n, k, settings.group, scales, zeros);
   require_scales("refine", scales);
+  require_steps("refine", settings, n, scales.cols(), steps);
   require_finite("refine", "W", w);
   require_finite("refine", "H", h);
   require(dead.size() == k, "[refine] dead must have ", k, " entries, got ", dead.size());
@@ -208,8 +265,8 @@ void refine(In<float> w, In<double> h, InVec<std::uint8_t> dead, double damping,
   const FitOptions options = fit_options(settings, levels, none);
   for (Index i = 0; i < n; ++i)
     for (Index j = 0; j < k; ++j)
-      require(codes(i, j) <= options.max_code, "[refine] codes must be at most ", options.max_code,
-              ", got code ", int{codes(i, j)}, " at (", i, ", ", j, ")");
+      require(codes(i, j) <= max_code(settings.grid), "[refine] codes must be at most ",
+              max_code(settings.grid), ", got code ", int{codes(i, j)}, " at (", i, ", ", j, ")");
   const double alone = damping > 0.0 ? damping : 1.0;
   const auto damped = [&](Index i, Index j) {
     if (dead[i] || dead[j]) return static_cast<float>(i == j ? alone : 0.0);
@@ -224,12 +281,12 @@ void refine(In<float> w, In<double> h, InVec<std::uint8_t> dead, double damping,
     for (Index j = i / kBlock * kBlock; j < std::min(k, (i / kBlock + 1) * kBlock); ++j)
       diagonal[i * kBlock + j % kBlock] = damped(i, j);
   parallel_for(ceil_div(n, nr), [&](Index panel) {
-    RefinePanel rows(w, scales, zeros, codes, settings.group, options, left, panel * nr);
+    RefinePanel rows(w, steps, scales, zeros, codes, settings, options, left, panel * nr);
     for (const char pass : pattern) {
       pass == 'c' ? rows.descend(diagonal.get()) : rows.rescale();
       if (!rows.go_on(pass == 'l', tolerance)) break;
     }
-    rows.finish(panel * nr, scales, codes, loss);
+    rows.finish(panel * nr, steps, scales, zeros, codes, loss);
   });
 }
 

@@ -9,6 +9,7 @@
 #include "core/parallel.h"
 #include "ops.h"
 #include "ops/fit_options.h"
+#include "ops/steps.h"
 #include "ops/sweep.h"
 
 namespace bitwright {
@@ -32,11 +33,14 @@ std::vector<Index> group_starts(Index k, Index group, InVec<std::int32_t> order)
 
 struct Panel {
   SweepPanel sweep;
+  PanelSteps steps;
   Buffer<float> e, u, low, high, scale, zero, best_scale, best_zero, best;
   std::vector<const float*> scales, zeros;
 
-  Panel(In<float> w, In<float> r, InVec<std::int32_t> order, Index row, Index widest)
+  Panel(In<float> w, In<float> r, InVec<std::int32_t> order, const FitSettings& settings,
+        In<float> steps_in, Index row, Index widest)
       : sweep(w, r, order, row, widest),
+        steps(steps_in, settings, row),
         e(widest * sweep.nr()),
         u(widest * sweep.nr()),
         low(sweep.nr()),
@@ -57,7 +61,7 @@ struct Panel {
   // Range of the targets that the group would have without rounding.
   void find_range(const SweepBlock& block) {
     const Index nr = sweep.nr();
-    sweep.run(block, scales.data(), zeros.data(), nullptr, 0, true, e.get(), [] { return true; });
+    sweep.run(block, scales.data(), zeros.data(), {}, true, e.get(), [] { return true; });
     for (Index i = 0; i < block.columns * nr; ++i) u[i] = sweep.w()[i] - e[i];
     table().span(block.columns, u.get(), low.get(), high.get());
   }
@@ -67,12 +71,11 @@ struct Panel {
     table().candidate(options, low.get(), high.get(), i, scale.get(), zero.get());
     use(scale, zero);
     const float* loss = sweep.block_loss();
-    sweep.run(block, scales.data(), zeros.data(), options.levels, options.max_code, false, e.get(),
-              [&] {
-                bool open = i == 0;
-                for (Index lane = 0; lane < nr; ++lane) open |= loss[lane] < best[lane];
-                return open;
-              });
+    sweep.run(block, scales.data(), zeros.data(), options.coding, false, e.get(), [&] {
+      bool open = i == 0;
+      for (Index lane = 0; lane < nr; ++lane) open |= loss[lane] < best[lane];
+      return open;
+    });
     for (Index lane = 0; lane < nr; ++lane) {
       if (i > 0 && !(loss[lane] < best[lane])) continue;
       best[lane] = loss[lane];
@@ -85,12 +88,13 @@ struct Panel {
 }  // namespace
 
 void gptq_search(In<float> w, In<float> r, InVec<std::int32_t> order, const FitSettings& settings,
-                 InVec<float> factors, Out<float> scales, Out<std::uint8_t> zeros,
+                 InVec<float> factors, In<float> steps, Out<float> scales, Out<float> zeros,
                  Out<std::uint8_t> codes, OutVec<double> loss) {
   const Index n = w.rows(), k = w.cols(), group = settings.group;
   require_codes("gptq_search", n, k, group, scales, zeros);
   require_sweep("gptq_search", w, r, order, settings.grid, codes, loss);
   require_factors("gptq_search", factors);
+  require_steps("gptq_search", settings, n, scales.cols(), steps);
   require(factors.size() > 0, "[gptq_search] factors must have at least 1 entry, got 0");
   FitSettings searched = settings;
   searched.search = true;
@@ -99,20 +103,23 @@ void gptq_search(In<float> w, In<float> r, InVec<std::int32_t> order, const FitS
   const Index per_factor =
       options.symmetric ? (options.negative ? 2 : 1) : 2 * options.zero_span + 1;
   const Index candidates = factors.size() * per_factor;
-  const auto make = [&](Index row) { return Panel(w, r, order, row, std::min(group, k)); };
+  const auto make = [&](Index row) {
+    return Panel(w, r, order, settings, steps, row, std::min(group, k));
+  };
   const auto step = [&](Panel& panel, const SweepBlock& block) {
+    const Index g = order[block.first] / group;
     panel.sweep.enter(block);
     panel.use(panel.scale, panel.zero);
     panel.find_range(block);
-    for (Index i = 0; i < candidates; ++i) panel.try_candidate(block, options, i);
+    const FitOptions here = panel.steps.at(options, g);
+    for (Index i = 0; i < candidates; ++i) panel.try_candidate(block, here, i);
     panel.use(panel.best_scale, panel.best_zero);
-    panel.sweep.run(block, panel.scales.data(), panel.zeros.data(), options.levels,
-                    options.max_code, false, panel.sweep.error(block.first), [] { return true; });
+    panel.sweep.run(block, panel.scales.data(), panel.zeros.data(), options.coding, false,
+                    panel.sweep.error(block.first), [] { return true; });
     panel.sweep.commit(block, codes);
-    const Index g = order[block.first] / group;
     for (Index lane = 0; lane < panel.sweep.rows(); ++lane) {
       scales(panel.sweep.row() + lane, g) = panel.best_scale[lane];
-      zeros(panel.sweep.row() + lane, g) = static_cast<std::uint8_t>(panel.best_zero[lane]);
+      zeros(panel.sweep.row() + lane, g) = panel.best_zero[lane];
     }
   };
   const std::vector<SweepBlock> blocks =

@@ -16,8 +16,8 @@ struct Panel {
   SweepPanel sweep;
   Buffer<float> scale, zero;  // [group][nr]
 
-  Panel(In<float> w, In<float> r, InVec<std::int32_t> order, In<float> scales,
-        In<std::uint8_t> zeros, Index row)
+  Panel(In<float> w, In<float> r, InVec<std::int32_t> order, In<float> scales, In<float> zeros,
+        Index row)
       : sweep(w, r, order, row, kBlock),
         scale(scales.cols() * sweep.nr()),
         zero(scales.cols() * sweep.nr(), true) {
@@ -26,16 +26,15 @@ struct Panel {
       for (Index lane = 0; lane < nr; ++lane) {
         const bool real = lane < sweep.rows();
         scale[g * nr + lane] = real ? scales(row + lane, g) : 1.0F;
-        zero[g * nr + lane] = real ? static_cast<float>(zeros(row + lane, g)) : 0.0F;
+        zero[g * nr + lane] = real ? zeros(row + lane, g) : 0.0F;
       }
   }
 };
 
 }  // namespace
 
-void gptq(In<float> w, In<float> r, InVec<std::int32_t> order, In<float> scales,
-          In<std::uint8_t> zeros, Index group, const Grid& grid, Out<std::uint8_t> codes,
-          OutVec<double> loss) {
+void gptq(In<float> w, In<float> r, InVec<std::int32_t> order, In<float> scales, In<float> zeros,
+          Index group, const Grid& grid, Out<std::uint8_t> codes, OutVec<double> loss) {
   const Index n = w.rows(), k = w.cols();
   require_codes("gptq", n, k, group, scales, zeros);
   require_scales("gptq", scales);
@@ -52,7 +51,7 @@ void gptq(In<float> w, In<float> r, InVec<std::int32_t> order, In<float> scales,
       zero[p] = panel.zero + at;
     }
     panel.sweep.enter(block);
-    panel.sweep.run(block, scale, zero, levels.get(), max_code(grid), false,
+    panel.sweep.run(block, scale, zero, coding_of(grid, levels), false,
                     panel.sweep.error(block.first), [] { return true; });
     panel.sweep.commit(block, codes);
   });

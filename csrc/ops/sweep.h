@@ -80,7 +80,7 @@ class SweepPanel {
   // to e, codes and losses inside. After each slice `go_on` may end it.
   template <class GoOn>
   void run(const SweepBlock& block, const float* const* scale, const float* const* zero,
-           const Levels* levels, int max_code, bool open, float* e, const GoOn& go_on) {
+           const Coding& coding, bool open, float* e, const GoOn& go_on) {
     const Index mr = block.left.mr();
     std::memset(block_loss_.get(), 0, static_cast<std::size_t>(nr_) * sizeof(float));
     for (Index s = 0; s < block.left.slices(); ++s) {
@@ -96,8 +96,7 @@ class SweepPanel {
       f.e = e + c * nr_;
       f.scale = scale + c;
       f.zero = zero + c;
-      f.levels = levels;
-      f.max_code = static_cast<float>(max_code);
+      f.coding = coding;
       f.open = open;
       f.codes = codes_ + c * nr_;
       f.loss = block_loss_.get();

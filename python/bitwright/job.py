@@ -173,11 +173,11 @@ def open_job(
             f"[awq] {arch.name} has no known norm in front of its linears that could absorb column "
             "scales; rtn and gptq work"
         )
-    tables = [t for t in targets.values() if t.scheme is not None and not t.scheme.grid.uniform]
+    tables = [t for t in targets.values() if t.scheme is not None and not t.scheme.plain]
     if recipe.method.startswith("awq") and tables and tables[0].scheme is not None:
         raise RefusedError(
-            f"[awq] {tables[0].name}: {tables[0].scheme.name} is no integer scheme, AWQ's searches "
-            "want one; rtn and gptq work"
+            f"[awq] {tables[0].name}: {tables[0].scheme.name} is no plain integer scheme, AWQ's "
+            "searches want one; rtn and gptq work"
         )
     if not any(target.scheme for target in targets.values()):
         raise RefusedError("[job] wanted at least one linear to quantize, the overrides skip all")

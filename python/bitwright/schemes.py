@@ -1,5 +1,6 @@
 """Scheme names: a grid (`int<bits>`, `fp4`, `nf4`), `g<group>`, `channel` or `tensor`, then `-asym`
-and the grid of the scales if it is not bf16; and short names for those that hardware knows."""
+or `-offset`, the grid of the scales if it is not bf16, and `-<block>x<bits>` for scales of two
+levels; and short names for those that hardware knows."""
 
 from __future__ import annotations
 
@@ -10,8 +11,10 @@ from bitwright import registry
 from bitwright.spec import Grid, RefusedError, ScaleGrid, Scheme
 
 _NAME = re.compile(
-    r"(?P<grid>[a-z]+\d+)-(?:(?P<where>channel|tensor)|g(?P<group>[1-9]\d*))(?P<asym>-asym)?"
-    r"(?:-(?P<scale>fp16|fp32|e8m0|e4m3))?",
+    r"(?P<grid>[a-z]+\d+)-(?:(?P<where>channel|tensor)|g(?P<group>[1-9]\d*))"
+    r"(?P<asym>-asym|-offset)?"
+    r"(?:-(?P<scale>fp16|fp32|e8m0|e4m3))?"
+    r"(?:-(?P<block>[1-9]\d*)x(?P<scale_bits>[2-8]))?",
     re.ASCII,
 )
 
@@ -33,8 +36,9 @@ def parse(name: str) -> Scheme:
     known = grids()
     if match is None or match["grid"] not in known:
         raise RefusedError(
-            "[scheme] wanted <grid>-g<group>, <grid>-channel or <grid>-tensor, then -asym and "
-            "-fp16, -fp32, -e8m0 or -e4m3 (scales) if wanted, "
+            "[scheme] wanted <grid>-g<group>, <grid>-channel or <grid>-tensor, then -asym or "
+            "-offset, -fp16, -fp32, -e8m0 or -e4m3 (scales) and -<block>x<bits> (two levels) if "
+            "wanted, "
             f"with a grid of {', '.join(known)}; or {', '.join(ALIASES)}; got {name!r}"
         )
     group = int(match["group"]) if match["group"] else {"channel": 0, "tensor": -1}[match["where"]]
@@ -44,4 +48,12 @@ def parse(name: str) -> Scheme:
     if group == -1 and match["scale"] == "e4m3":
         raise RefusedError(f"[scheme] e4m3 scales want groups or channels, got {name!r}")
     scale = cast(ScaleGrid, match["scale"] or "bf16")
-    return Scheme(grid, group, symmetric=symmetric, scale=scale)
+    offset, block = match["asym"] == "-offset", int(match["block"] or 0)
+    if offset and scale in ("e8m0", "e4m3"):
+        raise RefusedError(f"[scheme] offsets want scales of bf16, fp16 or fp32, got {name!r}")
+    if block and (group <= 0 or scale not in ("bf16", "fp16")):
+        raise RefusedError(
+            f"[scheme] two-level scales want groups and steps of bf16 or fp16, got {name!r}"
+        )
+    bits = int(match["scale_bits"] or 0)
+    return Scheme(grid, group, symmetric, scale, offset=offset, block=block, scale_bits=bits)

@@ -88,11 +88,16 @@ class Scheme:
 
     group: columns that share a scale; 0 = the whole row (channel), -1 = the whole matrix (tensor).
     A last short group is part of the definition: G = ceil(k / group). symmetric: the zero point is
-    2^(bits-1) (of tables 0) and not stored. scale: grid of the scales. "bf16" = bf16 values inside
+    2^(bits-1) (of tables 0) and not stored. offset, of asymmetric schemes: not a zero point in
+    codes but a number in the units of the weights is stored, w = code * scale - offset (a float
+    zero point, the "min" of K-quants). scale: grid of the scales. "bf16" = bf16 values inside
     fp16's normal range, hence exact in fp16, bf16 and fp32 files; "fp16", "fp32", "e8m0" (powers of
     two) and "e4m3" (over one float32 for the whole matrix) bind the result to formats that hold
     them. zero_min: smallest zero point allowed (1 makes zero points portable to formats
-    that store z - 1).
+    that store z - 1). block, scale_bits: scales of two levels. So many groups of a row share a
+    step, a number on `scale`'s grid, and each scale is a whole multiple of it, of scale_bits bits
+    (symmetric: one of them is the sign); offsets likewise, of a step of their own. block 0: one
+    level.
     """
 
     grid: Grid
@@ -100,16 +105,26 @@ class Scheme:
     symmetric: bool = True
     scale: ScaleGrid = "bf16"
     zero_min: int = 0
+    offset: bool = False
+    block: int = 0
+    scale_bits: int = 0
 
     @property
     def bits(self) -> int:
         return self.grid.bits
 
     @property
+    def plain(self) -> bool:
+        """Integers around a zero point, with scales of one level: what most engines mean."""
+        return self.grid.uniform and not self.offset and not self.block
+
+    @property
     def name(self) -> str:
         where = {0: "channel", -1: "tensor"}.get(self.group, f"g{self.group}")
         scale = "" if self.scale == "bf16" else f"-{self.scale}"
-        return f"{self.grid.name}-{where}{'' if self.symmetric else '-asym'}{scale}"
+        levels = f"-{self.block}x{self.scale_bits}" if self.block else ""
+        zero = "" if self.symmetric else "-offset" if self.offset else "-asym"
+        return f"{self.grid.name}-{where}{zero}{scale}{levels}"
 
     def columns(self, k: int) -> int:
         """Columns per group in a row of k: the whole row for channel and tensor schemes."""
@@ -119,11 +134,16 @@ class Scheme:
         """Groups in a row of k columns."""
         return -(-k // self.columns(k))
 
+    def blocks(self, k: int) -> int:
+        """Steps in a row of k columns: those of the scales, behind them those of the offsets."""
+        return -(-self.groups(k) // self.block) * (1 + self.offset) if self.block else 0
+
     def bits_per_weight(self, n: int, k: int) -> float:
         """Stored bits per weight of an (n, k) matrix: codes, scales, zeros."""
         cells = 1 if self.group == -1 else n * self.groups(k)
-        side = SCALE_BITS[self.scale] + (0 if self.symmetric else self.bits)
-        whole = 32 if self.scale == "e4m3" else 0
+        one = self.scale_bits if self.block else SCALE_BITS[self.scale]
+        side = one + (0 if self.symmetric else one if self.offset else self.bits)
+        whole = 32 if self.scale == "e4m3" else n * self.blocks(k) * SCALE_BITS[self.scale]
         return self.bits + (cells * side + whole) / (n * k)
 
 
@@ -131,16 +151,17 @@ class Scheme:
 class QTensor:
     """Codes, scales and zero points of one (n, k) matrix.
 
-    codes: uint8 (n, k). scales: float32 (n, G). zeros: uint8 (n, G); constant where symmetric.
-    Tensor schemes have G = 1 and equal rows. global_scale: "e4m3" scales are stored values divided
-    by it.
+    codes: uint8 (n, k). scales: float32 (n, G). zeros: uint8 (n, G), constant where symmetric; or,
+    of schemes with offsets, those, float32. Tensor schemes have G = 1 and equal rows. global_scale:
+    "e4m3" scales are stored values divided by it. steps: of two-level schemes, float32 (n, blocks).
     """
 
     codes: U8
     scales: F32
-    zeros: U8
+    zeros: U8 | F32
     scheme: Scheme
     global_scale: float = 1.0
+    steps: F32 | None = None
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 2 or not self.codes.size:
@@ -155,6 +176,12 @@ class QTensor:
                 f"{self.scheme.name}, "
                 f"got {self.scales.shape} and {self.zeros.shape}"
             )
+        steps = (n, 0) if self.steps is None else self.steps.shape
+        if steps != (n, self.scheme.blocks(k)):
+            raise InputError(
+                f"[QTensor] steps must be {(n, self.scheme.blocks(k))} in {self.scheme.name}, got "
+                f"{steps}"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -167,10 +194,10 @@ class QTensor:
         g = self.scheme.columns(k)
         column_group = np.arange(k) // g
         levels = np.asarray(self.scheme.grid.values, np.float32)[self.codes]
-        value: F32 = (levels - self.zeros.astype(np.float32)[:, column_group]) * self.scales[
-            :, column_group
-        ]
-        return value
+        scales, zeros = self.scales[:, column_group], self.zeros[:, column_group]
+        if self.scheme.offset:
+            return np.asarray(levels * scales - zeros, np.float32)
+        return np.asarray((levels - zeros.astype(np.float32)) * scales, np.float32)
 
 
 def stacked(parts: Sequence[QTensor]) -> QTensor:
@@ -180,7 +207,10 @@ def stacked(parts: Sequence[QTensor]) -> QTensor:
     codes, scales, zeros = (
         np.concatenate([getattr(q, name) for q in parts]) for name in ("codes", "scales", "zeros")
     )
-    return QTensor(codes, scales, zeros, parts[0].scheme, parts[0].global_scale)
+    steps = None
+    if parts[0].steps is not None:
+        steps = np.concatenate([q.steps for q in parts if q.steps is not None])
+    return QTensor(codes, scales, zeros, parts[0].scheme, parts[0].global_scale, steps)
 
 
 @dataclass(frozen=True, eq=False)

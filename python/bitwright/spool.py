@@ -1,9 +1,9 @@
 """The work folder: every finished piece is on disk, whole, before the next one starts.
 
     fingerprint.json          what the run depends on; any change is refused, naming old and new
-    value linears/<name>.safetensors    words, scales, zeros (and column_scales where a norm
-    absorbed them),
-                              with the scheme and the report in the metadata
+    value
+    linears/<name>.safetensors    words, scales, zeros (steps of two-level scales, column_scales
+                              where a norm absorbed them), scheme and report in the metadata
     norms/<name>.safetensors  a norm that absorbed column scales: gain, bias, scales
     hidden-<i>.safetensors    inputs of block i, one tensor per batch; only the newest is kept
 
@@ -94,6 +94,8 @@ class Spool:
             "scales": q.scales,
             "zeros": q.zeros,
         }
+        if q.steps is not None:
+            arrays["steps"] = q.steps
         if done.column_scales is not None:
             arrays["column_scales"] = done.column_scales
         scheme = {"name": q.scheme.name, "scale": q.scheme.scale, "zero_min": q.scheme.zero_min}
@@ -117,8 +119,10 @@ class Spool:
         )
         codes = ops.unpack(file.read("words"), scheme.bits, int(file.metadata["columns"]))
         whole = float(stored["global_scale"])
-        q = QTensor(codes, file.read("scales"), file.read("zeros"), scheme, whole)
-        columns = file.read("column_scales") if "column_scales" in file.entries else None
+        steps, columns = (
+            file.read(name) if name in file.entries else None for name in ("steps", "column_scales")
+        )
+        q = QTensor(codes, file.read("scales"), file.read("zeros"), scheme, whole, steps)
         return Finished(q, self.report(name), columns)
 
     def report(self, name: str) -> Report:

@@ -47,12 +47,13 @@ void fit_and_round(const Size& size, int bits, bool symmetric, bool search) {
                        "bf16",         1.0F,       search ? 2.4 : 2.0, search};
   Vector<float> factors(3), weight = Vector<float>::Ones(search ? size.k : 0);
   factors << 1.0F, 0.9F, 0.8F;
-  RowMajor<std::uint8_t> zeros(size.n, groups), codes(size.n, size.k);
-  const RowMajor<float> scales = for_every_thread_count([&] {
-    RowMajor<float> out(size.n, groups);
-    fit(w, weight, settings, factors, out, zeros);
-    return out;
-  });
+  RowMajor<std::uint8_t> codes(size.n, size.k);
+  RowMajor<float> zeros(size.n, groups);
+  const RowMajor<float> none(size.n, 0), scales = for_every_thread_count([&] {
+                                           RowMajor<float> out(size.n, groups);
+                                           fit(w, weight, settings, factors, none, out, zeros);
+                                           return out;
+                                         });
   encode(w, scales, zeros, size.group, {bits, {}, {}}, codes);
   RowMajor<float> values(size.n, size.k);
   decode(codes, scales, zeros, size.group, {}, values);
@@ -84,11 +85,11 @@ void scales() {
       for (const bool symmetric : {true, false})
         for (const bool search : {false, true}) fit_and_round(size, bits, symmetric, search);
   const RowMajor<float> w = RowMajor<float>::Constant(2, 8, std::nanf(""));
-  RowMajor<float> s = RowMajor<float>::Ones(2, 1);
-  RowMajor<std::uint8_t> z = RowMajor<std::uint8_t>::Zero(2, 1), c(2, 8);
+  RowMajor<float> s = RowMajor<float>::Ones(2, 1), z = RowMajor<float>::Zero(2, 1), none(2, 0);
+  RowMajor<std::uint8_t> c(2, 8);
   CHECK(contains(refusal([&] { encode(w, s, z, 8, {4, {}, {}}, c); }), "W must not be NaN"));
-  CHECK(
-      contains(refusal([&] { fit(w, kNone, {{4, {}, {}}, 8}, kNone, s, z); }), "W must be finite"));
+  CHECK(contains(refusal([&] { fit(w, kNone, {{4, {}, {}}, 8}, kNone, none, s, z); }),
+                 "W must be finite"));
   CHECK(
       contains(refusal([&] { encode(w, s, z, 4, {4, {}, {}}, c); }), "must be 2 x 2 for a 2 x 8"));
 }

@@ -10,21 +10,27 @@ namespace {
 constexpr double kUnit = 0x1p-24;
 
 struct Chosen {
-  RowMajor<float> scales;
-  RowMajor<std::uint8_t> zeros;
+  RowMajor<float> scales, zeros, steps;
 };
+
+RowMajor<float> steps_of(const RowMajor<float>& w, const FitSettings& settings) {
+  const Index groups = ceil_div(w.cols(), settings.group);
+  const Index blocks = settings.block == 0 ? 0 : ceil_div(groups, settings.block);
+  return RowMajor<float>::Constant(w.rows(), blocks * (settings.grid.offset ? 2 : 1), 0x1p-9F);
+}
 
 Chosen grid_of(const RowMajor<float>& w, const FitSettings& settings) {
   const Index groups = ceil_div(w.cols(), settings.group);
-  Chosen grid{RowMajor<float>(w.rows(), groups), RowMajor<std::uint8_t>(w.rows(), groups)};
-  fit(w, kNone, settings, kNone, grid.scales, grid.zeros);
+  Chosen grid{RowMajor<float>(w.rows(), groups), RowMajor<float>(w.rows(), groups),
+              steps_of(w, settings)};
+  fit(w, kNone, settings, kNone, grid.steps, grid.scales, grid.zeros);
   return grid;
 }
 
 RowMajor<double> error_of(const RowMajor<float>& w, const RowMajor<std::uint8_t>& codes,
-                          const Chosen& grid, Index group) {
+                          const Chosen& grid, Index group, bool offset = false) {
   RowMajor<float> q(w.rows(), w.cols());
-  decode(codes, grid.scales, grid.zeros, group, {}, q);
+  decode(codes, grid.scales, grid.zeros, group, {8, {}, {}, offset}, q);
   return w.cast<double>() - q.cast<double>();
 }
 
@@ -60,10 +66,9 @@ void gptq_of(const Size& size, int bits) {
 
 // Scales searched inside the sweep, then refined: the same for any thread count, losses that are
 // the objective's, and refinement never above where it began.
-void searched_of(const Size& size, int bits) {
-  const FitSettings settings{{bits, {}, {}}, size.group, bits % 2 == 0, 0, "bf16",
-                             1.0F,           2.0,        true,          1, true};
+void searched_of(const Size& size, const FitSettings& settings) {
   const RowMajor<float> w = normal(size.n, size.k, unsigned(size.k), 0.05F);
+  const bool offset = settings.grid.offset;
   Vector<std::int32_t> order(size.k);
   for (Index i = 0; i < size.k; ++i) order[i] = static_cast<std::int32_t>(i);
   const RowMajor<double> h = hessian(size.k, 3);
@@ -72,31 +77,49 @@ void searched_of(const Size& size, int bits) {
   CHECK(factor(h, order, dead, 0.01, r));
   Vector<float> factors(3);
   factors << 1.0F, 0.8F, 0.9F;
-  Chosen grid{RowMajor<float>(size.n, ceil_div(size.k, size.group)),
-              RowMajor<std::uint8_t>(size.n, ceil_div(size.k, size.group))};
+  const Index groups = ceil_div(size.k, size.group);
+  Chosen grid{RowMajor<float>(size.n, groups), RowMajor<float>(size.n, groups),
+              steps_of(w, settings)};
   Vector<double> before(size.n), after(size.n), same(size.n);
   const RowMajor<std::uint8_t> codes = for_every_thread_count([&] {
     RowMajor<std::uint8_t> out(size.n, size.k);
-    gptq_search(w, r, order, settings, factors, grid.scales, grid.zeros, out, before);
+    gptq_search(w, r, order, settings, factors, grid.steps, grid.scales, grid.zeros, out, before);
     return out;
   });
   RowMajor<std::uint8_t> with_scales(size.n, size.k);
-  gptq(w, r, order, grid.scales, grid.zeros, size.group, {bits, {}, {}}, with_scales, same);
+  gptq(w, r, order, grid.scales, grid.zeros, size.group, settings.grid, with_scales, same);
   CHECK(with_scales == codes);
-  const RowMajor<float> scales = grid.scales;
+  const Chosen found = grid;
   const RowMajor<std::uint8_t> revised = for_every_thread_count([&] {
     RowMajor<std::uint8_t> out = codes;
-    grid.scales = scales;
-    refine(w, h, dead, 0.01, settings, "clclc", 1e-4, grid.scales, grid.zeros, out, after);
+    grid = found;
+    refine(w, h, dead, 0.01, settings, "clclc", 1e-4, grid.steps, grid.scales, grid.zeros, out,
+           after);
     return out;
   });
   RowMajor<double> hd = h;
   hd.diagonal().array() += 0.01;
-  const RowMajor<double> e = error_of(w, revised, grid, size.group);
+  const RowMajor<double> e = error_of(w, revised, grid, size.group, offset);
   const Vector<double> exact = (e * hd).cwiseProduct(e).rowwise().sum();
   const Vector<double> room = before.array() * 1e-4 + 1e-12;
   CHECK((exact.array() <= (before + room).array()).all());
   CHECK(((after - exact).array().abs() <= room.array() + 1e-4 * exact.array()).all());
+}
+
+// Integers with zero points, with offsets, and both with scales of two levels.
+void searched_of(const Size& size, int bits) {
+  FitSettings settings{{bits, {}, {}}, size.group, bits % 2 == 0, 0, "bf16",
+                       1.0F,           2.0,        true,          1, true};
+  searched_of(size, settings);
+  settings.block = 2;
+  settings.scale_bits = 6;
+  searched_of(size, settings);
+  settings.symmetric = false;
+  settings.grid.offset = true;
+  settings.scale_grid = "fp16";
+  searched_of(size, settings);
+  settings.block = 0;
+  searched_of(size, settings);
 }
 
 void drift_of(const Size& size) {
@@ -171,7 +194,7 @@ void linear_of(const Size& size, Index t) {
   const RowMajor<std::uint8_t> codes = random_codes(size.n, size.k, 4, 8);
   const Index groups = ceil_div(size.k, size.group);
   const RowMajor<float> scales = normal(size.n, groups, 9, 0.01F).cwiseAbs();
-  const RowMajor<std::uint8_t> zeros = random_codes(size.n, groups, 4, 10);
+  const RowMajor<float> zeros = random_codes(size.n, groups, 4, 10).cast<float>();
   const RowMajor<float> x = normal(t, size.k, 11);
   const RowMajor<float> y = for_every_thread_count([&] {
     RowMajor<float> out(t, size.n);

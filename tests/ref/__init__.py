@@ -36,13 +36,57 @@ def nearest(x, z, top, table=None):
     return code, np.float32(table[0])[code]
 
 
+def rounded(t, s, z, top, table=None, offset=False):
+    """Code nearest to t and its value: (c - z) s, of a table level s, with offsets c s - z."""
+    if offset:
+        code = nearest((t + z) / s, np.float32(0), top)[0]
+        return code, code * s - z
+    code, level = nearest(t / s, z, top, table)
+    return code, level * s
+
+
 def per_column(values, k, group):
     """The scale or zero point of each column: (n, G) to (n, k)."""
     return np.asarray(values, np.float32)[:, np.arange(k) // group]
 
 
-def to_grid(s, scale_grid):
-    """Scales as stored: bf16 or fp16 values that are normal in fp16, fp32, powers of two, e4m3."""
+def units_of(levels, offset, g):
+    """Step and largest multiple of group g's scales, and of its offsets; None where one level is.
+
+    levels: None, or (steps (n, blocks), groups in a block, largest multiple)."""
+    if levels is None:
+        return None, None
+    steps, block, codes = levels
+    b, blocks = g // block, steps.shape[1] // (1 + offset)
+    return (steps[:, b], codes), (steps[:, blocks + b], codes) if offset else None
+
+
+def to_multiple(x, unit, least):
+    return np.clip(np.rint(x / unit[0]), np.float32(least), np.float32(unit[1])) * unit[0]
+
+
+def to_offset_grid(o, scale_grid, unit=None):
+    """Offsets as stored: as scales, of either sign, or 0; or multiples from 0 on of their step."""
+    if unit is not None:
+        return to_multiple(o, unit, 0)
+    size, smallest = np.abs(o), {"fp32": 2.0**-126}.get(scale_grid, 2.0**-14)
+    kept = np.where(size < smallest / 2, np.float32(0), to_grid(size, scale_grid))
+    return np.where(o < 0, -kept, kept)
+
+
+def to_step_grid(s, scale_grid):
+    """Steps as stored: positive numbers of fp16, subnormal ones too, or of bf16."""
+    if scale_grid == "fp16":
+        fine = np.clip(np.rint(s / np.float32(2.0**-24)), 1, None) * np.float32(2.0**-24)
+        return np.where(s < 2.0**-14, fine, to_grid(s, "fp16")).astype(np.float32)
+    return np.clip(s, 2.0**-126, 2.0**126).astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def to_grid(s, scale_grid, unit=None):
+    """Scales as stored: bf16 or fp16 values that are normal in fp16, fp32, powers of two, e4m3; or
+    multiples from 1 on of their step."""
+    if unit is not None:
+        return to_multiple(s, unit, 1)
     if scale_grid == "e8m0":  # ties to the power of two with the even exponent
         mantissa, exponent = np.frexp(np.asarray(s, np.float32))
         up = (mantissa > 0.75) | ((mantissa == 0.75) & (exponent % 2 != 0))

@@ -7,11 +7,11 @@ is run through the group's own recursion; the first with the least float32 loss 
 
 import numpy as np
 
-from ref import fma, nearest
+from ref import fma, rounded, units_of
 from ref.fit import candidates
 
 
-def inside(w, a, R, s, z, top, fused, table=None):
+def inside(w, a, R, s, z, top, fused, table=None, offset=False):
     """Errors, codes and losses of one group's columns; s None: nothing is rounded."""
     a, e, loss = a.copy(), np.zeros_like(w), np.zeros(len(w), np.float32)
     codes = np.zeros(w.shape, np.uint8)
@@ -19,8 +19,7 @@ def inside(w, a, R, s, z, top, fused, table=None):
         t = w[:, p] + a[:, p] / R[p, p]
         value = t
         if s is not None:
-            codes[:, p], level = nearest(t / s, z, top, table)
-            value = level * s
+            codes[:, p], value = rounded(t, s, z, top, table, offset)
             residual = R[p, p] * (t - value)
             loss = loss + residual * residual
         e[:, p] = w[:, p] - value
@@ -29,8 +28,9 @@ def inside(w, a, R, s, z, top, fused, table=None):
 
 
 def gptq_search(
-    W, R, order, group, bits, symmetric, zero_min, grid, factors, span, negative, fused, table=None
-):
+    W, R, order, group, bits, symmetric, zero_min, grid, factors, span, negative, fused, table=None,
+    offset=False, levels=None,
+):  # fmt: skip
     (n, k), top = W.shape, np.float32(2**bits - 1)
     scales, zeros = np.zeros((2, n, -(-k // group)), np.float32)
     codes, loss, A = np.zeros((n, k), np.uint8), np.zeros(n), np.zeros((n, k), np.float32)
@@ -41,16 +41,17 @@ def gptq_search(
         w, a, r = W[:, order[here]], A[:, here], R[here, here]
         u = w - inside(w, a, r, None, None, top, fused)[0]
         kind = (bits, symmetric, zero_min, grid)
-        tried = candidates(u, *kind, factors, span, negative, True, table)
-        losses = [inside(w, a, r, s, z, top, fused, table)[2] for s, z in tried]
+        units = units_of(levels, offset, g)
+        tried = candidates(u, *kind, factors, span, negative, True, table, offset, units)
+        losses = [inside(w, a, r, s, z, top, fused, table, offset)[2] for s, z in tried]
         best = np.argmin(losses, 0), np.arange(n)
         s, z = (np.array(part)[best] for part in zip(*tried, strict=True))
         scales[:, g], zeros[:, g] = s, z
-        e, codes[:, order[here]], lost = inside(w, a, r, s, z, top, fused, table)
+        e, codes[:, order[here]], lost = inside(w, a, r, s, z, top, fused, table, offset)
         loss += lost
         for p in range(w.shape[1]):
             A[:, here.stop :] = fma(
                 e[:, p, None], R[first + p, here.stop :], A[:, here.stop :], fused
             )
         first = here.stop
-    return codes, scales, zeros.astype(np.uint8), loss
+    return codes, scales, zeros.astype(np.float32 if offset else np.uint8), loss

@@ -5,10 +5,15 @@ Below the module path P of a linear (n, k), b bits, G groups in a row:
     P.codes         int32 (n, ceil(k b / 32))   codes along k, least significant bit first
     P.scales        (n, G), in the type of the scale grid: bf16, fp16, fp32; e8m0: uint8 u for
                     2^(u - 127); e4m3: uint8, the number's eight bits
-    P.zeros         uint8 (n, G)                asymmetric schemes only
+    P.zeros         uint8 (n, G)                asymmetric schemes only; of offset schemes those, in
+                    the type of the scale grid
+    P.steps         (n, blocks), in that type   two-level schemes only: scales are int8 multiples
+                    (uint8 where asymmetric) of the step of their block of groups, offsets uint8
+                    multiples of the steps in the second half of a row
     P.global_scale  fp32 (1,)                   e4m3 only: scales are stored values divided by it
     P.shape         int64 (2,)                  n, k
-    w = (code - zero) * scale, of a table (fp4, nf4) level[code] * scale
+    w = (code - zero) * scale, of a table (fp4, nf4) level[code] * scale, of offset schemes
+        code * scale - zero
 
 Config: "scheme" is the scheme of all linears but those named in "schemes". Scales of either sign
 are held. Readers: this package alone, so far; other formats are what other engines read.
@@ -63,18 +68,41 @@ def layout(
     words = -(-k * scheme.bits // 32)
     found: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
         f"{name}.codes": (np.dtype(np.int32), (n, words)),
-        f"{name}.scales": (STORED[scheme.scale], (n, groups)),
+        f"{name}.scales": (_multiples(scheme) or STORED[scheme.scale], (n, groups)),
         f"{name}.shape": (np.dtype(np.int64), (2,)),
     }
     if not scheme.symmetric:
-        found[f"{name}.zeros"] = (np.dtype(np.uint8), (n, groups))
+        one_level = scheme.offset and not scheme.block
+        kind = STORED[scheme.scale] if one_level else np.dtype(np.uint8)
+        found[f"{name}.zeros"] = (kind, (n, groups))
+    if scheme.block:
+        found[f"{name}.steps"] = (STORED[scheme.scale], (n, scheme.blocks(k)))
     if scheme.scale == "e4m3":
         found[f"{name}.global_scale"] = (np.dtype(np.float32), (1,))
     return found
 
 
+def _multiples(scheme: Scheme) -> np.dtype[Any] | None:
+    """The type of scales of two levels, None where they have one."""
+    if not scheme.block:
+        return None
+    return np.dtype(np.int8 if scheme.symmetric else np.uint8)
+
+
+def _units(q_steps: Array, scheme: Scheme, groups: int, offsets: bool) -> npt.NDArray[np.float32]:
+    """The step of each group's scale (or offset), float32 (n, groups)."""
+    blocks = -(-groups // scheme.block)
+    own = q_steps[:, blocks:] if offsets else q_steps[:, :blocks]
+    units: npt.NDArray[np.float32] = np.repeat(own, scheme.block, 1)[:, :groups].astype(np.float32)
+    return units
+
+
 def _stored(q: QTensor) -> Array:
-    kind, scales = q.scheme.scale, q.scales
+    kind, scales, multiples = q.scheme.scale, q.scales, _multiples(q.scheme)
+    if multiples is not None and q.steps is not None:
+        units = _units(q.steps, q.scheme, scales.shape[1], offsets=False)
+        codes: Array = np.rint(scales / units).astype(multiples)
+        return codes
     if kind == "e8m0":
         return (np.frexp(scales)[1] + 126).astype(np.uint8)
     if kind == "e4m3":
@@ -92,6 +120,15 @@ def _scales(stored: Array, kind: ScaleGrid, whole: float) -> npt.NDArray[np.floa
     return stored.astype(np.float32)
 
 
+def _stored_zeros(q: QTensor) -> Array:
+    if not q.scheme.offset:
+        return q.zeros
+    if q.steps is None:
+        return q.zeros.astype(STORED[q.scheme.scale])
+    units = _units(q.steps, q.scheme, q.zeros.shape[1], offsets=True)
+    return np.rint(q.zeros / units).astype(np.uint8)
+
+
 def write(name: str, q: QTensor, dtype: np.dtype[Any]) -> dict[str, Array]:  # noqa: ARG001
     """The tensors of one linear."""
     tensors: dict[str, Array] = {
@@ -100,7 +137,9 @@ def write(name: str, q: QTensor, dtype: np.dtype[Any]) -> dict[str, Array]:  # n
         f"{name}.shape": np.array(q.shape, np.int64),
     }
     if not q.scheme.symmetric:
-        tensors[f"{name}.zeros"] = q.zeros
+        tensors[f"{name}.zeros"] = _stored_zeros(q)
+    if q.steps is not None:
+        tensors[f"{name}.steps"] = q.steps.astype(STORED[q.scheme.scale])
     if q.scheme.scale == "e4m3":
         tensors[f"{name}.global_scale"] = np.array([q.global_scale], np.float32)
     return tensors
@@ -128,13 +167,20 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
         if not 0.0 < whole < np.inf:
             raise InputError(f"[bitwright] wanted a positive {name}.global_scale, got {whole}")
     words = np.ascontiguousarray(tensors[f"{name}.codes"]).view(np.uint32)
-    codes = ops.unpack(words, wanted.bits, k)
-    middle = 1 << (wanted.bits - 1) if wanted.grid.uniform else 0
-    groups = (n, wanted.groups(k))
-    zeros = np.full(groups, middle, np.uint8) if wanted.symmetric else tensors[f"{name}.zeros"]
-    return QTensor(
-        codes, _scales(tensors[f"{name}.scales"], wanted.scale, whole), zeros, wanted, whole
-    )
+    codes, groups = ops.unpack(words, wanted.bits, k), wanted.groups(k)
+    scales, zeros, steps = tensors[f"{name}.scales"], tensors.get(f"{name}.zeros"), None
+    if wanted.block:
+        steps = tensors[f"{name}.steps"].astype(np.float32)
+        scales = scales.astype(np.float32) * _units(steps, wanted, groups, offsets=False)
+        if wanted.offset and zeros is not None:
+            zeros = zeros.astype(np.float32) * _units(steps, wanted, groups, offsets=True)
+    else:
+        scales = _scales(scales, wanted.scale, whole)
+    if zeros is None:
+        middle = 1 << (wanted.bits - 1) if wanted.grid.uniform else 0
+        zeros = np.full((n, groups), middle, np.uint8)
+    zeros = zeros.astype(np.float32) if wanted.offset else zeros
+    return QTensor(codes, scales, zeros, wanted, whole, steps)
 
 
 def quantized(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:  # noqa: ARG001

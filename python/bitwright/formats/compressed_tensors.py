@@ -69,7 +69,7 @@ def refuse(targets: Sequence[Target], arch: Arch) -> str | None:  # noqa: ARG001
             )
         if scheme is None:
             continue
-        if not scheme.grid.uniform or scheme.scale in ("e8m0", "e4m3"):
+        if not scheme.plain or scheme.scale in ("e8m0", "e4m3"):
             return (
                 f"[compressed-tensors] {target.name}: {scheme.name} is no pack-quantized scheme; "
                 "--format bitwright holds it"

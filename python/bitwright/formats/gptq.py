@@ -73,8 +73,8 @@ def _refuse_one(target: Target) -> str | None:
     scheme, k = target.scheme, target.shape[1]
     if scheme is None:
         return None
-    if not scheme.grid.uniform:
-        return f"{scheme.name} is no integer scheme; --format bitwright holds it"
+    if not scheme.plain:
+        return f"{scheme.name} is no plain integer scheme; --format bitwright holds it"
     if scheme.bits not in BITS:
         return f"{scheme.name} has {scheme.bits} bits, GPTQ files have 2, 3, 4 or 8"
     if scheme.scale not in ("bf16", "fp16"):

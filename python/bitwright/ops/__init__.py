@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from bitwright.ops.arrays import BFLOAT16 as BFLOAT16
 from bitwright.ops.arrays import as_numpy as as_numpy
 from bitwright.ops.codes import SEARCH_FACTORS as SEARCH_FACTORS
+from bitwright.ops.codes import block_steps as block_steps
 from bitwright.ops.codes import decode as decode
 from bitwright.ops.codes import encode as encode
 from bitwright.ops.codes import fit as fit

@@ -68,7 +68,9 @@ def check_bits(what: str, bits: int) -> int:
 def core_grid(scheme: Scheme) -> _core.Grid:
     grid = scheme.grid
     levels = [] if grid.uniform else list(grid.values)
-    return _core.Grid(bits=grid.bits, levels=levels, middles=list(grid.middles))
+    return _core.Grid(
+        bits=grid.bits, levels=levels, middles=list(grid.middles), offset=scheme.offset
+    )
 
 
 def fit_settings(
@@ -93,12 +95,30 @@ def fit_settings(
         search=search,
         zero_span=zero_span,
         negative=negative,
+        block=scheme.block,
+        scale_bits=scheme.scale_bits,
     )
 
 
-def parts(what: str, q: QTensor) -> tuple[U8, F32, U8, int]:
-    codes, zeros = matrix(what, q.codes, np.uint8), matrix(what, q.zeros, np.uint8)
+def parts(what: str, q: QTensor) -> tuple[U8, F32, F32, int]:
+    codes, zeros = matrix(what, q.codes, np.uint8), zeros_in(what, q.zeros, q.scheme)
     return codes, matrix(what, q.scales, np.float32), zeros, q.scheme.columns(q.shape[1])
+
+
+def zeros_in(what: str, zeros: U8 | F32, scheme: Scheme) -> F32:
+    """Zero points as the core takes them: float32, in codes, or offsets in the weights' units."""
+    given = matrix(what, zeros, np.float32 if scheme.offset else np.uint8)
+    return given.astype(np.float32, copy=False)
+
+
+def zeros_out(zeros: F32, scheme: Scheme) -> U8 | F32:
+    """Zero points of the core as a QTensor keeps them."""
+    return zeros if scheme.offset else zeros.astype(np.uint8)
+
+
+def steps_in(what: str, steps: F32 | None, n: int) -> F32:
+    """Steps of two-level scales as the core takes them: none are (n, 0)."""
+    return np.empty((n, 0), np.float32) if steps is None else matrix(what, steps, np.float32)
 
 
 def as_numpy(x: Any) -> npt.NDArray[Any]:

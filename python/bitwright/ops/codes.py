@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from bitwright import _core
 from bitwright.ops.arrays import (
+    BFLOAT16,
     check_bits,
     core_grid,
     fit_settings,
     matrix,
     parts,
+    steps_in,
     vector,
+    zeros_in,
+    zeros_out,
 )
 from bitwright.spec import F32, U8, U32, InputError, QTensor, Scheme
 
@@ -19,6 +25,8 @@ from bitwright.spec import F32, U8, U32, InputError, QTensor, Scheme
 # so that a group of exact codewords keeps its codes.
 SEARCH_FACTORS: F32 = np.array([1.0, *(f / 100 for f in range(105, 29, -3))], np.float32)
 LARGEST_E4M3 = 448.0
+STEP_ROOM = 1.05  # the search goes so far above the scale that spans the range
+STEP_TYPES = {"bf16": BFLOAT16, "fp16": np.dtype(np.float16)}
 
 
 def pack(codes: U8, bits: int) -> U32:
@@ -50,32 +58,57 @@ def fit(
     power: float = 2.0,
     factors: F32 = SEARCH_FACTORS,
     whole: float | None = None,
-) -> tuple[F32, U8]:
-    """Scales float32 (n, G) on the scheme's scale grid and zero points uint8 (n, G) for W (n, k).
+    steps: F32 | None = None,
+) -> tuple[F32, U8 | F32]:
+    """Scales float32 (n, G) on the scheme's scale grid and zero points (n, G) for W (n, k): uint8,
+    or the offsets of schemes that have them, float32.
 
     search=False: absmax (symmetric) or min-max. search=True: the factor of the spanning scale with
     the least sum_j weight_j |w_j - q_j|^power, power 2 or 2.4 (GPTQ, 2210.17323), weight (k) or
     ones; asymmetric schemes also try the zero points beside. Tensor schemes are always absmax /
-    min-max. whole: the global scale of "e4m3" scales (None: that of W).
+    min-max. whole: the global scale of "e4m3" scales (None: that of W). steps: of two-level scales
+    (None: `block_steps` of W).
     """
     W = matrix("fit", W, np.float32)
     n, k = W.shape
+    whole = whole or global_scale(W, scheme)
     if scheme.group == -1:
         ends = np.array([[W.min(initial=0.0), W.max(initial=0.0)]], np.float32)
-        scale, zero = np.empty((1, 1), np.float32), np.empty((1, 1), np.uint8)
-        none = np.empty(0, np.float32)
-        side = fit_settings(scheme, 2, False, global_scale=whole or global_scale(W, scheme))
-        _core.fit(ends, none, side, none, scale, zero)
-        return np.repeat(scale, n, 0), np.repeat(zero, n, 0)
-    whole = whole or global_scale(W, scheme)
-    settings = fit_settings(scheme, k, search, power, global_scale=whole)
+        W, weight, search, factors = ends, None, False, factors[:0]
+    elif steps is None:
+        steps = block_steps(W, scheme)
     given = np.empty(0, np.float32) if weight is None else vector("fit", weight, np.float32)
     if weight is not None and len(given) != k:
         raise InputError(f"[fit] wanted a weight of {k} entries, got {len(given)}")
-    scales = np.empty((n, scheme.groups(k)), np.float32)
-    zeros = np.empty(scales.shape, np.uint8)
-    _core.fit(W, given, settings, vector("fit", factors, np.float32), scales, zeros)
-    return scales, zeros
+    settings = fit_settings(scheme, W.shape[1], search, power, global_scale=whole)
+    scales = np.empty((len(W), scheme.groups(k)), np.float32)
+    zeros, units = np.empty(scales.shape, np.float32), steps_in("fit", steps, len(W))
+    _core.fit(W, given, settings, vector("fit", factors, np.float32), units, scales, zeros)
+    if scheme.group == -1:
+        scales, zeros = np.repeat(scales, n, 0), np.repeat(zeros, n, 0)
+    return scales, zeros_out(zeros, scheme)
+
+
+def block_steps(
+    W: F32, scheme: Scheme, weight: F32 | None = None, *, search: bool = False
+) -> F32 | None:
+    """Steps float32 (n, blocks) of two-level scales: the largest scale of the block, and STEP_ROOM
+    more, is the largest multiple of it; of offsets likewise. None where scales have one level.
+
+    weight, search: how those scales are found, as in `fit`.
+    """
+    if not scheme.block:
+        return None
+    k = W.shape[1]
+    plain = replace(scheme, scale="fp32", block=0, scale_bits=0)
+    scales, zeros = fit(W, plain, weight, search=search)
+    peaks = [np.abs(scales)] + ([np.maximum(zeros, 0.0)] if scheme.offset else [])
+    starts = np.arange(0, scheme.groups(k), scheme.block)
+    found = np.hstack([np.maximum.reduceat(values, starts, axis=1) for values in peaks])
+    top = (1 << (scheme.scale_bits - scheme.symmetric)) - 1
+    smallest, largest = (2.0**-24, 65504.0) if scheme.scale == "fp16" else (2.0**-126, 2.0**126)
+    steps = np.clip(found * np.float32(STEP_ROOM / top), smallest, largest)
+    return np.ascontiguousarray(steps.astype(STEP_TYPES[scheme.scale]).astype(np.float32))
 
 
 def global_scale(W: F32, scheme: Scheme) -> float:
@@ -88,13 +121,21 @@ def global_scale(W: F32, scheme: Scheme) -> float:
     return float(np.float32(top / largest)) if largest > 0 else 1.0
 
 
-def encode(W: F32, scales: F32, zeros: U8, scheme: Scheme, whole: float | None = None) -> QTensor:
+def encode(
+    W: F32,
+    scales: F32,
+    zeros: U8 | F32,
+    scheme: Scheme,
+    whole: float | None = None,
+    steps: F32 | None = None,
+) -> QTensor:
     """W (n, k) rounded to the nearest code on given scales and zero points (n, G)."""
-    W = matrix("encode", W, np.float32)
-    scales, zeros = matrix("encode", scales, np.float32), matrix("encode", zeros, np.uint8)
-    codes = np.empty(W.shape, np.uint8)
-    _core.encode(W, scales, zeros, scheme.columns(W.shape[1]), core_grid(scheme), codes)
-    return QTensor(codes, scales, zeros, scheme, whole or global_scale(W, scheme))
+    W, scales = matrix("encode", W, np.float32), matrix("encode", scales, np.float32)
+    codes, given = np.empty(W.shape, np.uint8), zeros_in("encode", zeros, scheme)
+    _core.encode(W, scales, given, scheme.columns(W.shape[1]), core_grid(scheme), codes)
+    if steps is None:
+        steps = block_steps(W, scheme)
+    return QTensor(codes, scales, zeros, scheme, whole or global_scale(W, scheme), steps)
 
 
 def decode(q: QTensor) -> F32:
@@ -106,8 +147,8 @@ def decode(q: QTensor) -> F32:
 
 def qlinear(X: F32, q: QTensor) -> F32:
     """X (t, k) times the dequantized matrix transposed: float32 (t, n), exact mode."""
-    if not q.scheme.grid.uniform:
-        raise InputError(f"[qlinear] wanted a scheme on an integer grid, got {q.scheme.name}")
+    if not q.scheme.grid.uniform or q.scheme.offset:
+        raise InputError(f"[qlinear] wanted an integer grid with zero points, got {q.scheme.name}")
     X = matrix("qlinear", X, np.float32)
     Y = np.empty((X.shape[0], q.shape[0]), np.float32)
     _core.qlinear(X, *parts("qlinear", q), Y)

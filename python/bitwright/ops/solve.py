@@ -9,8 +9,17 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright import _core
-from bitwright.ops.arrays import core_grid, fit_settings, matrix, parts, vector
-from bitwright.ops.codes import global_scale
+from bitwright.ops.arrays import (
+    core_grid,
+    fit_settings,
+    matrix,
+    parts,
+    steps_in,
+    vector,
+    zeros_in,
+    zeros_out,
+)
+from bitwright.ops.codes import block_steps, global_scale
 from bitwright.spec import F32, F64, U8, InputError, NumericalError, QTensor, Scheme
 
 FEEDBACK_FACTORS: F32 = np.array(
@@ -63,22 +72,25 @@ def gptq(
     R: F32,
     order: npt.NDArray[np.int32],
     scales: F32,
-    zeros: U8,
+    zeros: U8 | F32,
     scheme: Scheme,
     whole: float | None = None,
+    steps: F32 | None = None,
 ) -> tuple[QTensor, F64]:
     """Rounds W (n, k) with error feedback on given scales; R and order as from `factor`.
 
     Returns the QTensor and the loss of each row (n,), e (H + damping) e^T.
     """
     W, R = matrix("gptq", W, np.float32), matrix("gptq", R, np.float32)
-    scales, zeros = matrix("gptq", scales, np.float32), matrix("gptq", zeros, np.uint8)
+    scales, given = matrix("gptq", scales, np.float32), zeros_in("gptq", zeros, scheme)
     codes, loss = np.empty(W.shape, np.uint8), np.empty(W.shape[0], np.float64)
     group = scheme.columns(W.shape[1])
     _core.gptq(
-        W, R, vector("gptq", order, np.int32), scales, zeros, group, core_grid(scheme), codes, loss
+        W, R, vector("gptq", order, np.int32), scales, given, group, core_grid(scheme), codes, loss
     )
-    return QTensor(codes, scales, zeros, scheme, whole or global_scale(W, scheme)), loss
+    if steps is None:
+        steps = block_steps(W, scheme)
+    return QTensor(codes, scales, zeros, scheme, whole or global_scale(W, scheme), steps), loss
 
 
 def gptq_search(
@@ -91,6 +103,7 @@ def gptq_search(
     zero_span: int = 1,
     negative: bool = False,
     whole: float | None = None,
+    steps: F32 | None = None,
 ) -> tuple[QTensor, F64]:
     """`gptq` with scales and zero points chosen inside the sweep (docs/solver.md 6.3).
 
@@ -98,23 +111,27 @@ def gptq_search(
     factor times the one that spans the group's targets, as stored; zero points z0 - zero_span ..
     z0 + zero_span; negative: scales of either sign where the scheme is symmetric. `order` must keep
     groups together. factors: None for FEEDBACK_FACTORS, of powers of two POWER_FACTORS. whole: the
-    global scale of "e4m3" scales (None: that of W).
+    global scale of "e4m3" scales (None: that of W). steps: of two-level scales (None: `block_steps`
+    of W).
     """
     if factors is None:
         factors = POWER_FACTORS if scheme.scale == "e8m0" else FEEDBACK_FACTORS
     W, R = matrix("gptq_search", W, np.float32), matrix("gptq_search", R, np.float32)
     n, k = W.shape
     scales = np.empty((n, scheme.groups(k)), np.float32)
-    zeros = np.empty(scales.shape, np.uint8)
+    zeros = np.empty(scales.shape, np.float32)
     codes, loss = np.empty(W.shape, np.uint8), np.empty(n, np.float64)
+    if steps is None:
+        steps = block_steps(W, scheme)
     whole = whole or global_scale(W, scheme)
     settings = fit_settings(
         scheme, k, True, zero_span=zero_span, negative=negative, global_scale=whole
     )
     columns = vector("gptq_search", order, np.int32)
     factors = vector("gptq_search", factors, np.float32)
-    _core.gptq_search(W, R, columns, settings, factors, scales, zeros, codes, loss)
-    return QTensor(codes, scales, zeros, scheme, whole), loss
+    units = steps_in("gptq_search", steps, n)
+    _core.gptq_search(W, R, columns, settings, factors, units, scales, zeros, codes, loss)
+    return QTensor(codes, scales, zeros_out(zeros, scheme), scheme, whole, steps), loss
 
 
 def refine(
@@ -127,7 +144,8 @@ def refine(
     pattern: str = "ccclclc",
     tolerance: float = 1e-4,
 ) -> tuple[QTensor, F64]:
-    """`q` with codes (c: coordinate descent) and scales (l: least squares) revised in the order of
+    """`q` with codes (c: coordinate descent) and scales (l: least squares; offsets and the steps of
+    two-level scales with them) revised in the order of
     `pattern`; each step lowers e (H + damping I) e^T, of which what remains of each row (n,) is
     returned too. damping: absolute. A row rests after a c that, like its last l, gained no more
     than `tolerance` of its loss.
@@ -136,12 +154,15 @@ def refine(
     n, k = W.shape
     dead = np.zeros(k, np.bool_) if dead is None else vector("refine", dead, np.bool_)
     codes, scales, zeros, _ = parts("refine", q)
-    codes, scales, loss = codes.copy(), scales.copy(), np.empty(n, np.float64)
+    codes, scales, zeros = codes.copy(), scales.copy(), zeros.copy()
+    steps, loss = steps_in("refine", q.steps, n).copy(), np.empty(n, np.float64)
     settings = fit_settings(q.scheme, k, False, global_scale=q.global_scale)
+    gone = dead.view(np.uint8)
     _core.refine(
-        W, H, dead.view(np.uint8), damping, settings, pattern, tolerance, scales, zeros, codes, loss
+        W, H, gone, damping, settings, pattern, tolerance, steps, scales, zeros, codes, loss
     )
-    return QTensor(codes, scales, zeros, q.scheme, q.global_scale), loss
+    kept = steps if q.scheme.block else None
+    return QTensor(codes, scales, zeros_out(zeros, q.scheme), q.scheme, q.global_scale, kept), loss
 
 
 def drift(W: F32, C: F64, R: F32, order: npt.NDArray[np.int32]) -> F32:
@@ -163,11 +184,11 @@ def awq_scale(W: F32, H: F64, column_scales: F32, scheme: Scheme) -> F64:
     return losses
 
 
-def awq_clip(W: F32, H: F64, scheme: Scheme, factors: F32 = CLIP_FACTORS) -> tuple[F32, U8]:
+def awq_clip(W: F32, H: F64, scheme: Scheme, factors: F32 = CLIP_FACTORS) -> tuple[F32, U8 | F32]:
     """Scales and zeros (n, G) from the range of each group shrunk to the least e_g H_gg e_g^T."""
     W, H = matrix("awq_clip", W, np.float32), matrix("awq_clip", H, np.float64)
     settings = fit_settings(scheme, W.shape[1], False)
     scales = np.empty((W.shape[0], scheme.groups(W.shape[1])), np.float32)
-    zeros = np.empty(scales.shape, np.uint8)
+    zeros = np.empty(scales.shape, np.float32)
     _core.awq_clip(W, H, settings, vector("awq_clip", factors, np.float32), scales, zeros)
-    return scales, zeros
+    return scales, zeros_out(zeros, scheme)

@@ -212,29 +212,47 @@ class _Part:
     alpha: float | None = None
 
 
-def _static_scales(W: F32, H: F64, scheme: Scheme, o: _Options) -> tuple[F32, U8]:
+def _steps(W: F32, H: F64, scheme: Scheme) -> F32 | None:
+    """Of two-level scales: for the largest of the block that the "hessian" scales want."""
+    return ops.block_steps(W, scheme, _weight(H), search=True)
+
+
+def _weight(H: F64) -> F32:
+    return np.maximum(np.diagonal(H), 0.0).astype(np.float32)
+
+
+def _static_scales(
+    W: F32, H: F64, scheme: Scheme, o: _Options, steps: F32 | None
+) -> tuple[F32, U8 | F32]:
     scales = o.scales
     whole = ops.global_scale(o.whole, scheme)
     if scheme.group == -1:
         all_scales, all_zeros = ops.fit(o.whole, scheme)
         return all_scales[: len(W)], all_zeros[: len(W)]
     if scales in ("hessian", "feedback"):
-        weight = np.maximum(np.diagonal(H), 0.0).astype(np.float32)
-        return ops.fit(W, scheme, weight, search=True, whole=whole)
+        return ops.fit(W, scheme, _weight(H), search=True, whole=whole, steps=steps)
     if scales == "mse":
-        return ops.fit(W, scheme, search=True, power=2.4, whole=whole)
-    return ops.fit(W, scheme, whole=whole)
+        return ops.fit(W, scheme, search=True, power=2.4, whole=whole, steps=steps)
+    return ops.fit(W, scheme, whole=whole, steps=steps)
 
 
 def _sweep(W: F32, H: F64, p: Factored, scheme: Scheme, o: _Options) -> tuple[QTensor, F64]:
-    whole = ops.global_scale(o.whole, scheme)
+    whole, steps = ops.global_scale(o.whole, scheme), _steps(W, H, scheme)
     if o.scales == "feedback" and o.order != "act" and scheme.group != -1:
         span = ZERO_SPAN.get(scheme.bits, 1)
         negative = o.negative and scheme.symmetric and scheme.scale in ("bf16", "fp16", "fp32")
         return ops.gptq_search(
-            W, p.factor, p.order, scheme, zero_span=span, negative=negative, whole=whole
+            W,
+            p.factor,
+            p.order,
+            scheme,
+            zero_span=span,
+            negative=negative,
+            whole=whole,
+            steps=steps,
         )
-    return ops.gptq(W, p.factor, p.order, *_static_scales(W, H, scheme, o), scheme, whole)
+    static = _static_scales(W, H, scheme, o, steps)
+    return ops.gptq(W, p.factor, p.order, *static, scheme, whole, steps)
 
 
 def _error(W: F32, q: QTensor, loss: F64, p: Factored, H: F64) -> float:
@@ -277,8 +295,9 @@ def _solve_rows(
     plain = ops.quadratic(W - ops.decode(ops.encode(W, *ops.fit(W, scheme), scheme)), H)
     size = ops.quadratic(W, H)
     if p.R is None:
-        static = _static_scales(W, H, scheme, replace(o, scales="hessian"))
-        q = ops.encode(W, *static, scheme, ops.global_scale(o.whole, scheme))
+        steps = _steps(W, H, scheme)
+        static = _static_scales(W, H, scheme, replace(o, scales="hessian"), steps)
+        q = ops.encode(W, *static, scheme, ops.global_scale(o.whole, scheme), steps)
         rounded = ops.quadratic(W - ops.decode(q), H)
         return _Part(q, size, plain, rounded, rounded)
     target, alpha = (W, None) if drifts is None else _target(W, drifts, p, o)

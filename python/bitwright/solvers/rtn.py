@@ -31,7 +31,7 @@ def prepare(stats: Stats | None, scheme: Scheme, **options: object) -> None:
     """Nothing is shared between matrices."""
 
 
-def _scales(W: F32, H: F64 | None, scheme: Scheme, scales: str) -> tuple[F32, U8]:
+def _scales(W: F32, H: F64 | None, scheme: Scheme, scales: str) -> tuple[F32, U8 | F32]:
     if scales == "mse":
         return ops.fit(W, scheme, search=True, power=2.4)
     if H is None:
@@ -49,6 +49,8 @@ def solve(
 ) -> tuple[QTensor, Report]:
     """W float32 (n, k) rounded to nearest; scales "minmax", "mse" or "clip"."""
     check({"scales": scales})
+    if scales == "clip" and not scheme.plain:
+        raise InputError(f"[rtn] scales clip want a plain integer scheme, got {scheme.name}")
     H = None if stats is None else stats.H
     plain = ops.encode(W, *ops.fit(W, scheme), scheme)
     q = plain if scales == "minmax" else ops.encode(W, *_scales(W, H, scheme, scales), scheme)
