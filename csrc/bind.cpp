@@ -60,8 +60,9 @@ PYBIND11_MODULE(_core, m) {
         arg("grid"), as_is("w"), Free());
   m.def("gram_f32", &gram_f32, as_is("x"), as_is("h"), Free());
   m.def("gram_u16", &gram_u16, as_is("x"), arg("bf16"), as_is("h"), Free());
-  m.def("cross_f32", &cross_f32, as_is("before"), as_is("x"), as_is("c"), Free());
-  m.def("cross_u16", &cross_u16, as_is("before"), as_is("x"), arg("bf16"), as_is("c"), Free());
+  m.def("cross_f32", &cross_f32, as_is("before"), as_is("after"), as_is("x"), as_is("c"), Free());
+  m.def("cross_u16", &cross_u16, as_is("before"), as_is("after"), as_is("x"), arg("bf16"),
+        as_is("c"), Free());
   m.def("mirror", &mirror, as_is("h"), Free());
   m.def("column_stats_f32", &column_stats_f32, as_is("x"), as_is("absolute"), as_is("abs_max"),
         as_is("minimum"), as_is("maximum"), Free());
@@ -77,8 +78,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("refine", &refine, as_is("w"), as_is("h"), as_is("dead"), arg("damping"), arg("settings"),
         arg("pattern"), arg("tolerance"), as_is("steps"), as_is("scales"), as_is("zeros"),
         as_is("codes"), as_is("loss"), Free());
-  m.def("drift", &drift, as_is("w"), as_is("c"), as_is("r"), as_is("order"), as_is("delta"),
-        Free());
+  m.def("drift", &drift, as_is("w"), as_is("c"), as_is("d"), as_is("r"), as_is("order"),
+        as_is("delta"), Free());
   m.def("quadratic", &quadratic, as_is("e"), as_is("h"), Free());
   m.def("awq_scale", &awq_scale, as_is("w"), as_is("h"), as_is("column_scales"), arg("settings"),
         as_is("losses"), Free());

@@ -61,10 +61,12 @@ void decode(In<std::uint8_t> codes, In<float> scales, In<float> zeros, Index gro
 void gram_f32(In<float> x, Out<double> h);
 void gram_u16(In<std::uint16_t> x, bool bf16, Out<double> h);
 void mirror(Out<double> h);
-// C += (before - X)^T X, all of it, in the same precision (bf16 pairs: of the difference, too): how
-// the inputs `before` drifted to X.
-void cross_f32(In<float> before, In<float> x, Out<double> c);
-void cross_u16(In<std::uint16_t> before, In<std::uint16_t> x, bool bf16, Out<double> c);
+// C (h, k) += (before - after)^T X, all of it, in the same precision (bf16 pairs: of the
+// difference, too): how what was `before` (t, h) changed to `after`, as far as X (t, k) tells. With
+// after = X, how the inputs drifted.
+void cross_f32(In<float> before, In<float> after, In<float> x, Out<double> c);
+void cross_u16(In<std::uint16_t> before, In<std::uint16_t> after, In<std::uint16_t> x, bool bf16,
+               Out<double> c);
 // Per column of X: absolute += sum |x|; abs_max, minimum, maximum are widened.
 void column_stats_f32(In<float> x, OutVec<double> absolute, OutVec<float> abs_max,
                       OutVec<float> minimum, OutVec<float> maximum);
@@ -98,9 +100,11 @@ void refine(In<float> w, In<double> h, InVec<std::uint8_t> dead, double damping,
             const FitSettings& settings, const std::string& pattern, double tolerance,
             Out<float> steps, Out<float> scales, Out<float> zeros, Out<std::uint8_t> codes,
             OutVec<double> loss);
-// delta (n, k) = W C (R R^T)^-1, columns in natural order (docs/solver.md 9): W + alpha delta is
-// the target that makes up for inputs which drifted, C = (X - X') X'^T / tokens.
-void drift(In<float> w, In<double> c, In<float> r, InVec<std::int32_t> order, Out<float> delta);
+// delta (n, k) = (W C + D) (R R^T)^-1, columns in natural order (docs/solver.md 9): W + alpha delta
+// is the target that makes up for inputs which drifted, C = (X - X') X'^T / tokens, and for a sum
+// that the outputs are added to, D = (S - S') X'^T / tokens; D n x k, or 0 x 0: none.
+void drift(In<float> w, In<double> c, In<double> d, In<float> r, InVec<std::int32_t> order,
+           Out<float> delta);
 
 // tr(E H E^T), float32 products, double sums over rows.
 double quadratic(In<float> e, In<double> h);

@@ -16,14 +16,17 @@ class Keeper:
 
     def __init__(self, k: int, heads: int = 0) -> None:
         self.k, self.heads, self.seen, self.before = k, heads, [], []
+        self.sums = []
 
-    def update(self, x, drift_from=None):
+    def update(self, x, drift_from=None, stream=None):
         assert x.shape[-1] == self.k
         assert not self.heads or len(x) == self.heads
         shape = (self.heads, -1, self.k) if self.heads else (-1, self.k)
         for kept, given in ((self.seen, x), (self.before, drift_from)):
             if given is not None:
                 kept.append(given.reshape(shape).to(torch.float32).numpy().copy())
+        if stream is not None:
+            self.sums.append([s.flatten(0, -2).float().numpy().copy() for s in stream])
         return self
 
     def finish(self) -> Stats:
@@ -39,6 +42,8 @@ class Keeper:
         object.__setattr__(stats, "X", X)
         before = np.concatenate(self.before, axis=-2) if self.before else None
         object.__setattr__(stats, "before", before)
+        sums = [np.concatenate(s) for s in zip(*self.sums, strict=True)] if self.sums else None
+        object.__setattr__(stats, "sums", sums)
         return stats
 
 
@@ -95,10 +100,10 @@ def plain(model, arch, ids) -> tuple[list[list[torch.Tensor]], list[torch.Tensor
     return after, logits, {name: np.concatenate(x) for name, x in inputs.items()}
 
 
-def quantize(body, arch, ids, weights, rerun=False, solved=None, mix=0, streams=1):
+def quantize(body, arch, ids, weights, rerun=False, solved=None, mix=0, streams=1, sums=False):
     """All blocks with `weights` for solutions: hidden states after each, stats by group. Of a fused
     projection the first rows are solved alone, the others stay as they are until then."""
-    capture = Capture(body, arch, Keeper, mix)
+    capture = Capture(body, arch, Keeper, mix, sums)
     hidden = [(body.embed(batch),) * streams for batch in ids]
     after, seen = [], {}
     for i in range(body.count):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bitwright import ops, schemes
+from bitwright.hessian import target
 from bitwright.solvers import gptq
 from bitwright.spec import Held, InputError, QTensor, Stats
 from problems import hessian, inputs, rng, stats, weights
@@ -82,6 +83,25 @@ def test_more_of_the_drift_is_less_error_of_the_outputs(name: str) -> None:
     assert errors[2] < errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("name", ["int3-g16", "int4-g64"])
+def test_the_residual_makes_up_for_what_the_outputs_are_added_to(name: str) -> None:
+    """A sum that changed by something the inputs tell: the more of it, the less error of sum and
+    outputs; alone in the drift's target it is the sum's part of that."""
+    W, s = weights(40, 64), schemes.parse(name)
+    X_float, X, known = drifted(64, 2000)
+    change = X @ (0.2 * W[::-1].T) + 0.01 * rng("sum").standard_normal((2000, 40))
+    known = dataclasses.replace(known, D=change.T @ X / 2000)
+    errors = []
+    for residual in (0.0, 0.5, 1.0):
+        q, report = gptq.solve(W, known, s, alpha=1.0, residual=residual)
+        errors.append(np.sum((X_float @ W.T + change - X @ q.dequantize().T) ** 2))
+    assert errors[2] < errors[1] < errors[0]
+    assert report.alpha == 1.0
+    plainly = dataclasses.replace(known, D=None)
+    same = [gptq.solve(W, k, s, residual=r)[0].codes for k, r in ((known, 0.0), (plainly, 1.0))]
+    assert np.array_equal(*same)
+
+
 def halves(k: int, first: object, second: object, tokens: int = 4000) -> Stats:
     """Statistics of two halves, the second held out."""
     (_, X1, one), (_, X2, two) = drifted(k, tokens, first), drifted(k, tokens, second)
@@ -95,7 +115,7 @@ def test_alpha_auto_trusts_what_the_held_out_tokens_confirm() -> None:
     assert gptq.solve(W, halves(64, 0, 0), s, alpha="auto")[1].alpha == 1.0
     assert gptq.solve(W, halves(64, 0, 1), s, alpha="auto")[1].alpha <= 0.25
     nothing = dataclasses.replace(halves(64, 0, 0), held=None)
-    assert gptq.solve(W, nothing, s, alpha="auto")[1].alpha == gptq.ALPHA
+    assert gptq.solve(W, nothing, s, alpha="auto")[1].alpha == target.ALPHA
     for wrong in (-0.1, 1.5, "some"):
         with pytest.raises(InputError, match=r'alpha must be 0 to 1 or "auto", got'):
             gptq.solve(W, nothing, s, alpha=wrong)

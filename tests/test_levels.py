@@ -201,7 +201,9 @@ def run_cross() -> list[Any]:
     sums = np.zeros((2, K, K))
     ops.cross(inputs(T, K, 1), inputs(T, K), sums[0])
     ops.cross(inputs(T, K, 1).astype(np.float16), inputs(T, K).astype(np.float16), sums[1])
-    return [sums]
+    wide = np.zeros((K + 9, K))
+    ops.cross(inputs(T, K + 9, 1), inputs(T, K), wide, inputs(T, K + 9, 2))
+    return [sums, wide]
 
 
 def run_quadratic() -> list[Any]:

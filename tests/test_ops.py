@@ -303,21 +303,28 @@ def test_twin_drift() -> None:
         order = rng("order", k).permutation(k).astype(np.int32)
         R, _, _ = ops.factor(H, 0.01, order)
         assert_equal([ops.drift(W, C, R, order)], [drift(W, C, R, order, FUSED)])
+        D = weights(n, k, "stream").astype(np.float64)
+        assert_equal([ops.drift(W, C, R, order, D)], [drift(W, C, R, order, FUSED, D)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(("t", "k"), TOKENS)
 def test_twin_cross(t: int, k: int, dtype: Any) -> None:
-    X, before, C = inputs(t, k).astype(dtype), inputs(t, k, 1).astype(dtype), hessian(k)
-    want, start = cross(before, X, C, FUSED), C.copy()
-    ops.cross(before, X, C)
-    if not in_pairs(dtype):
-        assert_equal([C], [want])
-    b = X.astype(np.float64)
-    a = before.astype(np.float64) - b
-    unit = min(t, 512) * UNIT + (2.0**-8 if in_pairs(dtype) else UNIT)  # differences in bf16
-    limit = unit * (np.abs(a).T @ np.abs(b)) + (t // 512 + 2) * DOUBLE * abs(C)
-    assert np.all(np.abs(C - start - a.T @ b) <= 2 * limit)
+    """The drift of the inputs themselves; and of other columns, fewer or more."""
+    X = inputs(t, k).astype(dtype)
+    for h in (None, k, max(1, k // 3), k + 25):
+        before = inputs(t, h or k, 1).astype(dtype)
+        after = None if h is None else inputs(t, h, 2).astype(dtype)
+        C = rng("cross", t, k).normal(size=(h or k, k))
+        want, start = cross(before, X, C, FUSED, after), C.copy()
+        ops.cross(before, X, C, after)
+        if not in_pairs(dtype):
+            assert_equal([C], [want])
+        b = X.astype(np.float64)
+        a = before.astype(np.float64) - (b if after is None else after.astype(np.float64))
+        unit = min(t, 512) * UNIT + (2.0**-8 if in_pairs(dtype) else UNIT)  # differences in bf16
+        limit = unit * (np.abs(a).T @ np.abs(b)) + (t // 512 + 2) * DOUBLE * abs(C)
+        assert np.all(np.abs(C - start - a.T @ b) <= 2 * limit)
 
 
 def quadratic_limit(E: np.ndarray, H: np.ndarray) -> float:

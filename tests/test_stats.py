@@ -98,6 +98,26 @@ def test_drift_is_what_became_of_the_inputs(dtype):
     assert np.array_equal(half.H, stats.H)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_what_the_outputs_are_added_to(dtype):
+    """D over the compared tokens alone, from sums of any rank and another width."""
+    rng = np.random.default_rng(2)
+    before = rng.normal(size=(1300, 24)).astype(dtype)
+    after = (before.astype(np.float32) + 0.2 * rng.normal(size=before.shape)).astype(dtype)
+    x = X.astype(dtype)
+    collector = StatsCollector(40)
+    collector.update(x[:600], x[:600], (after[:600].reshape(3, 200, 24), before[:600]))
+    collector.update(x[600:800])
+    stats = collector.update(x[800:], x[800:], (after[800:], before[800:])).finish()
+    rows = np.r_[:600, 800:1300]
+    a, b = (before.astype(np.float64) - after.astype(np.float64))[rows], x.astype(np.float64)[rows]
+    size = np.sqrt(np.outer((a**2).mean(0), (b * b).mean(0)))
+    unit = 2.0**-8 if dtype == ml_dtypes.bfloat16 else 0.0
+    assert stats.D.shape == (24, 40)
+    assert (np.abs(stats.D - a.T @ b / 1100) <= (2 * 512 * EPS + unit) * size).all()
+    assert StatsCollector(40).update(x, x).finish().D is None
+
+
 def test_heads_have_their_own_matrices():
     split = X.reshape(2, 650, 40)
     stats = StatsCollector(40, 2).update(split, split[::-1]).finish()

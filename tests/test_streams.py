@@ -54,6 +54,58 @@ def test_two_streams_are_two_plain_runs(case, rerun):
 
 
 @torch.inference_mode()
+def added_to(model, arch, ids):
+    """What the outputs of o and down are added to, by the linears' names."""
+    found, handles = {}, []
+    for i in range(len(model.get_submodule(arch.blocks))):
+        for group in arch.groups:
+            if group.stream is None:
+                continue
+            name = f"{arch.blocks}.{i}.{group.linears[0].name}"
+
+            def keep(_module, args, name=name):
+                found.setdefault(name, []).append(args[0].flatten(0, -2).float().numpy().copy())
+
+            norm = model.get_submodule(f"{arch.blocks}.{i}.{group.stream}")
+            handles.append(norm.register_forward_pre_hook(keep))
+    for batch in ids:
+        model(batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("rerun", [False, True])
+def test_what_outputs_are_added_to_comes_with_their_inputs(case, rerun):
+    """The input of the norm, and that it is what the next sum starts from: S + linear(x) is the
+    next sum, or the block's output."""
+    model, arch = case
+    ids, weights = tiny_models.batches(), rounded(model, arch)
+    streams = {group.linears[0].name: group.stream for group in arch.groups if group.stream}
+    _, seen, _ = quantize(skeleton(model), arch, ids, weights, rerun, streams=2, sums=True)
+    found = {name: stats for name, stats in seen.items() if stats.sums is not None}
+    if arch.name in ("gemma", "olmo2") or not streams:
+        assert not found
+        return
+    assert len(found) == 2 * len(model.get_submodule(arch.blocks))
+    want_float = added_to(model, arch, ids)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    swap_in(model, arch, weights)
+    want = added_to(model, arch, ids)
+    after, _, _ = plain(model, arch, ids)
+    model.load_state_dict(before)
+    for name, stats in found.items():
+        assert np.array_equal(stats.sums[0], want[name])
+        assert np.array_equal(stats.sums[1], want_float[name])
+    last = [name for name in found if name.endswith(arch.groups[-1].linears[0].name)]
+    for block, name in enumerate(last):
+        bias = model.state_dict().get(f"{name}.bias")
+        out = found[name].X @ weights[name].T + (0 if bias is None else bias.numpy())
+        end = np.concatenate([h.flatten(0, -2).numpy() for h in after[block]])
+        np.testing.assert_allclose(found[name].sums[0] + out, end, rtol=1e-3, atol=1e-4)
+
+
+@torch.inference_mode()
 def attended(model, arch, ids, every):
     """Inputs of v in each block, mixed by eager attention's own probabilities, per KV head."""
     _, _, inputs = plain(model, arch, ids)

@@ -59,8 +59,9 @@ class Triangle {
   Buffer<float> diagonal_;
 };
 
-// work = W C, columns in descending solving order.
-void product(In<float> w, In<double> c, InVec<std::int32_t> order, Buffer<float>& work) {
+// work = W C + D, columns in descending solving order.
+void product(In<float> w, In<double> c, In<double> d, InVec<std::int32_t> order,
+             Buffer<float>& work) {
   const Index k = w.cols(), nr = table().nr_f32;
   const LeftSlices cross(
       k, k, [&](Index p, Index i) { return static_cast<float>(c(p, order[k - 1 - i])); });
@@ -72,6 +73,9 @@ void product(In<float> w, In<double> c, InVec<std::int32_t> order, Buffer<float>
       std::memset(tile.get(), 0, static_cast<std::size_t>(mr * nr) * sizeof(float));
       table().tile_f32(k, cross.slice(s), mr, in.get(), tile.get(), nr);
       const Index first = s * mr, columns = std::min(mr, k - first);
+      for (Index i = 0; i < columns && d.size() > 0; ++i)
+        for (Index lane = 0; lane < std::min(nr, d.rows() - panel * nr); ++lane)
+          tile[i * nr + lane] += static_cast<float>(d(panel * nr + lane, order[k - 1 - first - i]));
       std::copy(tile.get(), tile + columns * nr, work + (panel * k + first) * nr);
     }
   });
@@ -79,21 +83,25 @@ void product(In<float> w, In<double> c, InVec<std::int32_t> order, Buffer<float>
 
 }  // namespace
 
-void drift(In<float> w, In<double> c, In<float> r, InVec<std::int32_t> order, Out<float> delta) {
+void drift(In<float> w, In<double> c, In<double> d, In<float> r, InVec<std::int32_t> order,
+           Out<float> delta) {
   const Index n = w.rows(), k = w.cols(), nr = table().nr_f32, panels = ceil_div(n, nr);
   require_square("drift", k, c);
   require(r.rows() == k && r.cols() == k, "[drift] R must be ", k, " x ", k, ", got ", r.rows(),
           " x ", r.cols());
   require(delta.rows() == n && delta.cols() == k, "[drift] delta must be ", n, " x ", k, ", got ",
           delta.rows(), " x ", delta.cols());
+  require(d.size() == 0 || (d.rows() == n && d.cols() == k), "[drift] D must be ", n, " x ", k,
+          ", got ", d.rows(), " x ", d.cols());
   require_permutation("drift", k, order);
   require_finite("drift", "W", w);
   require_finite("drift", "C", c);
+  require_finite("drift", "D", d);
   require_finite("drift", "R", r);
   for (Index i = 0; i < k; ++i)
     require(r(i, i) > 0.0F, "[drift] R must have a positive diagonal, got ", r(i, i), " at ", i);
   Buffer<float> work(panels * k * nr);
-  product(w, c, order, work);
+  product(w, c, d, order, work);
   {
     const Triangle turned(k, [&](Index p, Index i) { return r(k - 1 - i, k - 1 - p); });
     parallel_for(panels, [&](Index panel) { turned.solve(work + panel * k * nr); });

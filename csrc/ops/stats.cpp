@@ -83,14 +83,14 @@ void fill_panels(In<T> x, bool bf16, Index first, Index rows, typename Layout::W
 // h[row0 .. row1) of one column panel += left^T right; both are panels.
 template <class Layout>
 void add_tiles(const typename Layout::Word* left, const typename Layout::Word* right, Index depth,
-               Index k, Index row0, Index row1, Index panel, Out<double> h) {
+               Index row0, Index row1, Index panel, Out<double> h) {
   const Index nr = table().nr_f32, mr = table().mr_f32, column = panel * nr;
   Buffer<float> c(mr * nr);
   for (Index i = row0; i < row1; i += mr) {
     std::fill(c.get(), c + mr * nr, 0.0F);
     Layout::tile(depth, left + (i / nr) * depth * nr + i % nr, right + panel * depth * nr, c.get());
-    for (Index a = 0; a < std::min(mr, k - i); ++a)
-      for (Index b = 0; b < std::min(nr, k - column); ++b)
+    for (Index a = 0; a < std::min(mr, h.rows() - i); ++a)
+      for (Index b = 0; b < std::min(nr, h.cols() - column); ++b)
         h(i + a, column + b) += static_cast<double>(c[a * nr + b]);
   }
 }
@@ -105,38 +105,48 @@ void subtract(typename Layout::Word* left, const typename Layout::Word* right, I
   });
 }
 
-// h += (before - x)^T x, chunk by chunk; without `before` x^T x, only the upper triangle.
+template <class T>
+struct Change {
+  const Eigen::Ref<const RowMajor<T>>&before, &after;
+};
+
+// h += (before - after)^T x, chunk by chunk; without a change x^T x, only the upper triangle.
 template <class Layout, class T>
-void add_products(const Eigen::Ref<const RowMajor<T>>* before, In<T> x, bool bf16, Out<double> h) {
-  const Index k = x.cols(), nr = table().nr_f32, panels = ceil_div(k, nr);
-  const Index most = Layout::depth(std::min(kChunk, x.rows())) * panels * nr;
-  Buffer<typename Layout::Word> right(most), left(before == nullptr ? 0 : most);
-  const Index across = ceil_div(panels, kPanelsPerTask), down = ceil_div(k, kRowsPerTask);
+void add_products(const Change<T>* change, In<T> x, bool bf16, Out<double> h) {
+  const Index nr = table().nr_f32, panels = ceil_div(h.cols(), nr);
+  const Index left_panels = ceil_div(h.rows(), nr),
+              deepest = Layout::depth(std::min(kChunk, x.rows()));
+  const bool own = change != nullptr && change->after.data() != x.data();
+  Buffer<typename Layout::Word> right(deepest * panels * nr);
+  Buffer<typename Layout::Word> left(change != nullptr ? deepest * left_panels * nr : 0);
+  Buffer<typename Layout::Word> after(own ? deepest * left_panels * nr : 0);
+  const Index across = ceil_div(panels, kPanelsPerTask), down = ceil_div(h.rows(), kRowsPerTask);
   for (Index first = 0; first < x.rows(); first += kChunk) {
     const Index rows = std::min(kChunk, x.rows() - first), depth = Layout::depth(rows);
     fill_panels<Layout, T>(x, bf16, first, rows, right.get());
-    if (before != nullptr) {
-      fill_panels<Layout, T>(*before, bf16, first, rows, left.get());
-      subtract<Layout>(left.get(), right.get(), panels, depth * nr);
+    if (change != nullptr) {
+      fill_panels<Layout, T>(change->before, bf16, first, rows, left.get());
+      if (own) fill_panels<Layout, T>(change->after, bf16, first, rows, after.get());
+      subtract<Layout>(left.get(), own ? after.get() : right.get(), left_panels, depth * nr);
     }
-    const typename Layout::Word* other = before == nullptr ? right.get() : left.get();
+    const typename Layout::Word* other = change == nullptr ? right.get() : left.get();
     parallel_for(across * down, [&](Index task) {
       const Index row0 = task % down * kRowsPerTask, panel0 = task / down * kPanelsPerTask;
-      const Index row1 = std::min(k, row0 + kRowsPerTask);
+      const Index row1 = std::min(h.rows(), row0 + kRowsPerTask);
       for (Index p = panel0; p < std::min(panels, panel0 + kPanelsPerTask); ++p)
-        add_tiles<Layout>(other, right.get(), depth, k, row0,
-                          before == nullptr ? std::min(row1, (p + 1) * nr) : row1, p, h);
+        add_tiles<Layout>(other, right.get(), depth, row0,
+                          change == nullptr ? std::min(row1, (p + 1) * nr) : row1, p, h);
     });
   }
 }
 
 template <class T>
-void products(const Eigen::Ref<const RowMajor<T>>* before, In<T> x, bool bf16, Out<double> h) {
+void products(const Change<T>* change, In<T> x, bool bf16, Out<double> h) {
   if constexpr (std::is_same_v<T, std::uint16_t>) {
     if (bf16 && table().tile_bf16 != nullptr)
-      return add_products<Pairs, std::uint16_t>(before, x, bf16, h);
+      return add_products<Pairs, std::uint16_t>(change, x, bf16, h);
   }
-  add_products<Floats, T>(before, x, bf16, h);
+  add_products<Floats, T>(change, x, bf16, h);
 }
 
 template <class T>
@@ -148,13 +158,16 @@ void gram(In<T> x, bool bf16, Out<double> h) {
 }
 
 template <class T>
-void cross(In<T> before, In<T> x, bool bf16, Out<double> c) {
-  const Index k = x.cols();
-  require(before.rows() == x.rows() && before.cols() == k, "[cross] both inputs must be ", x.rows(),
-          " x ", k, ", got ", before.rows(), " x ", before.cols());
-  require(c.rows() == k && c.cols() == k, "[cross] C must be ", k, " x ", k, " to match X (",
-          x.rows(), " x ", k, "), got ", c.rows(), " x ", c.cols());
-  products<T>(&before, x, bf16, c);
+void cross(In<T> before, In<T> after, In<T> x, bool bf16, Out<double> c) {
+  const Index t = x.rows(), h = before.cols();
+  require(before.rows() == t && after.rows() == t && after.cols() == h, "[cross] before and after ",
+          "must be ", t, " x ", h, ", got ", before.rows(), " x ", before.cols(), " and ",
+          after.rows(), " x ", after.cols());
+  require(c.rows() == h && c.cols() == x.cols(), "[cross] C must be ", h, " x ", x.cols(),
+          " to match the change (", t, " x ", h, ") and X (", t, " x ", x.cols(), "), got ",
+          c.rows(), " x ", c.cols());
+  const Change<T> change{before, after};
+  products<T>(&change, x, bf16, c);
 }
 
 template <class T>
@@ -181,9 +194,12 @@ void column_stats(In<T> x, bool bf16, OutVec<double> absolute, OutVec<float> abs
 
 }  // namespace
 
-void cross_f32(In<float> before, In<float> x, Out<double> c) { cross<float>(before, x, false, c); }
-void cross_u16(In<std::uint16_t> before, In<std::uint16_t> x, bool bf16, Out<double> c) {
-  cross<std::uint16_t>(before, x, bf16, c);
+void cross_f32(In<float> before, In<float> after, In<float> x, Out<double> c) {
+  cross<float>(before, after, x, false, c);
+}
+void cross_u16(In<std::uint16_t> before, In<std::uint16_t> after, In<std::uint16_t> x, bool bf16,
+               Out<double> c) {
+  cross<std::uint16_t>(before, after, x, bf16, c);
 }
 void gram_f32(In<float> x, Out<double> h) { gram<float>(x, false, h); }
 void gram_u16(In<std::uint16_t> x, bool bf16, Out<double> h) { gram<std::uint16_t>(x, bf16, h); }

@@ -62,6 +62,11 @@ class Job:
         return recipes.solver_options(self.recipe).get("alpha") == "auto"
 
     @property
+    def sums(self) -> bool:
+        """Whether linears whose outputs are added to the residual stream make up for its error."""
+        return bool(recipes.solver_options(self.recipe).get("residual")) and self.compare > 0
+
+    @property
     def mix(self) -> int:
         """Every so manieth query forms the attention-mixed inputs of v, 0: none does."""
         return int(recipes.solver_options(self.recipe).get("attention", 0))

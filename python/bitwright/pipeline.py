@@ -97,7 +97,9 @@ class _Run:
         """Block by block on the calibration tokens (N, length), from where the spool stands."""
         skeleton = self.job.skeleton
         first, hidden = self._inputs(ids)
-        capture = Capture(skeleton, self.job.arch, partial(_Collector, self), self.job.mix)
+        capture = Capture(
+            skeleton, self.job.arch, partial(_Collector, self), self.job.mix, self.job.sums
+        )
         stages = capture.stages(first)
         steps = len(hidden) * sum(bool(self.job.mix) or not g.inside_attention for g in stages)
         self.progress.start((skeleton.count - first) * steps, "capture and solve")
@@ -174,8 +176,8 @@ class _Collector:
     def __init__(self, run: _Run, k: int, heads: int) -> None:
         self.run, self.sums = run, StatsCollector(k, heads, hold=run.job.hold)
 
-    def update(self, x: Any, drift_from: Any = None) -> None:
-        self.run.clock.timed("statistics", self.sums.update)(x, drift_from)
+    def update(self, x: Any, drift_from: Any = None, stream: Any = None) -> None:
+        self.run.clock.timed("statistics", self.sums.update)(x, drift_from, stream)
         self.run.step()
 
     def finish(self) -> Stats:

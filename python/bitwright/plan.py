@@ -146,6 +146,8 @@ class _Sizes:
             first = group.linears[0].name
             held = int(self.streams * parked[first]) + (self.stream if rerun else 0)
             H = (16 if self.job.compare else 8) * self.shape(first)[1] ** 2
+            if self.job.sums and group.stream is not None:
+                H += 16 * math.prod(self.shape(first))  # D, and its share
             most = max(most, held + H + max(working, self._solving(group)))
         return weights * self.item * (2 if self.job.compare else 1) + most
 

@@ -230,8 +230,10 @@ class Stats:
     H: float64 (k, k) = X^T X / tokens, or None where only the column statistics were asked for; or
     (B, k, k), one for each of B equal blocks of rows (v: one per KV head, of the inputs that its
     attention mixes). C, of H's shape: (X_float - X)^T X / tokens, how the inputs drifted from those
-    of the float model; None where that was not asked for. held: of a part of the tokens that C
-    counts. tokens: rows of X (for each block). mean_abs, abs_max, minimum, maximum: float32 (k,).
+    of the float model; None where that was not asked for. D, float64 (n, k): (S_float - S)^T X /
+    tokens over the same tokens, S the residual stream that the outputs are added to. held: of a
+    part of the tokens that C counts. tokens: rows of X (for each block). mean_abs, abs_max,
+    minimum, maximum: float32 (k,).
     """
 
     tokens: int
@@ -242,6 +244,7 @@ class Stats:
     maximum: F32
     C: F64 | None = None
     held: Held | None = None
+    D: F64 | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,13 +274,15 @@ class Group:
 
     norm: the norm whose output they read and whose gain can absorb column scales (None: no such
     norm). inside_attention: solved after q and k, while the batch is parked in the attention
-    function. rows: the only rows meant of its one, fused, linear (first, end); None: all.
+    function. rows: the only rows meant of its one, fused, linear (first, end); None: all. stream:
+    the norm whose input is what the outputs are added to as they are (None: there is no such norm).
     """
 
     linears: tuple[Linear, ...]
     norm: str | None = None
     inside_attention: bool = False
     rows: tuple[int, int] | None = None
+    stream: str | None = None
 
     @property
     def label(self) -> str:

@@ -125,17 +125,18 @@ void searched_of(const Size& size, int bits) {
 void drift_of(const Size& size) {
   const RowMajor<float> w = normal(size.n, size.k, 12);
   const RowMajor<double> h = hessian(size.k, 13), c = hessian(size.k, 14);
+  const RowMajor<double> d = normal(size.n, size.k, 15).cast<double>();
   const Vector<std::int32_t> order = reversed(size.k);
   RowMajor<float> r(size.k, size.k);
   CHECK(factor(h, order, Vector<std::uint8_t>::Zero(size.k), 0.1, r));
   const RowMajor<float> delta = for_every_thread_count([&] {
     RowMajor<float> out(size.n, size.k);
-    drift(w, c, r, order, out);
+    drift(w, c, d, r, order, out);
     return out;
   });
   RowMajor<double> hd = h;
   hd.diagonal().array() += 0.1;
-  const RowMajor<double> want = w.cast<double>() * c, got = delta.cast<double>() * hd;
+  const RowMajor<double> want = w.cast<double>() * c + d, got = delta.cast<double>() * hd;
   CHECK((got - want).cwiseAbs().maxCoeff() <= 1e-4 * want.cwiseAbs().maxCoeff());
 }
 

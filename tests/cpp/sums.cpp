@@ -28,18 +28,25 @@ void gram_of(Index t, Index k) {
   CHECK(h == h.transpose());
 }
 
-void cross_of(Index t, Index k) {
-  const RowMajor<float> before = normal(t, k, unsigned(t + 2 * k)), x = normal(t, k, unsigned(t));
+void cross_of(const RowMajor<float>& before, const RowMajor<float>& after,
+              const RowMajor<float>& x) {
   const RowMajor<double> c = for_every_thread_count([&] {
-    RowMajor<double> sum = RowMajor<double>::Zero(k, k);
-    cross_f32(before, x, sum);
+    RowMajor<double> sum = RowMajor<double>::Zero(before.cols(), x.cols());
+    cross_f32(before, after, x, sum);
     return sum;
   });
-  const RowMajor<double> wide = x.cast<double>(), d = (before - x).cast<double>();
+  const RowMajor<double> wide = x.cast<double>(), d = (before - after).cast<double>();
   const RowMajor<double> exact = d.transpose() * wide;
   const RowMajor<double> size = d.cwiseAbs().transpose() * wide.cwiseAbs();
-  const double chain = static_cast<double>(std::min<Index>(t, 512)) * kUnit;
+  const double chain = static_cast<double>(std::min<Index>(x.rows(), 512)) * kUnit;
   CHECK(((c - exact).array().abs() <= 1.01 * chain * size.array()).all());
+}
+
+// How inputs drifted, and how other columns changed.
+void cross_of(Index t, Index k) {
+  const RowMajor<float> before = normal(t, k, unsigned(t + 2 * k)), x = normal(t, k, unsigned(t));
+  cross_of(before, x, x);
+  cross_of(normal(t, k + 7, 1), normal(t, k + 7, 2), x);
 }
 
 void gram_of_words(Index t, Index k, bool bf16) {

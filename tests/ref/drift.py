@@ -1,6 +1,7 @@
-"""delta = W C (R R^T)^-1, columns in `order`: y = W C, then v R^T = y backwards, x R = v forwards.
+"""delta = (W C + D) (R R^T)^-1, columns in `order`: y = W C + D, then v R^T = y backwards, x R =
+v forwards.
 
-Each is one multiply-add chain: y_i over ascending k; a solve x U = a is, for j = 0 .. k-1,
+Each is one multiply-add chain: (W C)_i over ascending k; a solve x U = a is, for j = 0 .. k-1,
 e_j = 0 - (0 + a_j / U_jj), a_i += e_j U_ji for i > j, x = -e. v R^T = y is that with columns
 reversed.
 """
@@ -18,10 +19,11 @@ def solved(U, a, fused):
     return -e
 
 
-def drift(W, C, R, order, fused=True):
+def drift(W, C, R, order, fused=True, D=None):
     C, y = C[:, order].astype(np.float32), np.zeros_like(W)
     for p in range(W.shape[1]):
         y = fma(C[p], W[:, p, None], y, fused)
+    y = y if D is None else y + D[:, order].astype(np.float32)
     v = solved(np.ascontiguousarray(R.T[::-1, ::-1]), y[:, ::-1], fused)[:, ::-1]
     delta = np.empty_like(W)
     delta[:, order] = solved(R, v, fused)

@@ -23,7 +23,7 @@ ARCH = Arch(
             norm="input_layernorm",
             inside_attention=True,
         ),
-        Group((Linear("self_attn.o_proj", ("attn.o",)),)),
+        Group((Linear("self_attn.o_proj", ("attn.o",)),), stream="input_layernorm"),
         Group(
             (
                 Linear("mlp.gate_proj", ("mlp.gate",)),
@@ -31,6 +31,6 @@ ARCH = Arch(
             ),
             norm="post_attention_layernorm",
         ),
-        Group((Linear("mlp.down_proj", ("mlp.down",)),)),
+        Group((Linear("mlp.down_proj", ("mlp.down",)),), stream="post_attention_layernorm"),
     ),
 )

@@ -26,15 +26,17 @@ ARCH = Arch(
             norm="self_attn_layer_norm",
             inside_attention=True,
         ),
-        Group((Linear("self_attn.out_proj", ("attn.o",)),)),
+        Group((Linear("self_attn.out_proj", ("attn.o",)),), stream="self_attn_layer_norm"),
         Group((Linear("fc1", ("mlp.up",)),), norm="final_layer_norm"),
-        Group((Linear("fc2", ("mlp.down",)),)),
+        Group((Linear("fc2", ("mlp.down",)),), stream="final_layer_norm"),
     ),
     norm="layer",
     embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
 )
 
-NORM_AFTER = replace(ARCH, groups=tuple(replace(group, norm=None) for group in ARCH.groups))
+NORM_AFTER = replace(
+    ARCH, groups=tuple(replace(group, norm=None, stream=None) for group in ARCH.groups)
+)
 
 
 def select(config: Mapping[str, Any]) -> Arch:

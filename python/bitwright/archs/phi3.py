@@ -11,11 +11,11 @@ ARCH = Arch(
             (Linear("self_attn.qkv_proj", ("attn.q", "attn.k", "attn.v")),),
             norm="input_layernorm",
         ),
-        Group((Linear("self_attn.o_proj", ("attn.o",)),)),
+        Group((Linear("self_attn.o_proj", ("attn.o",)),), stream="input_layernorm"),
         Group(
             (Linear("mlp.gate_up_proj", ("mlp.gate", "mlp.up")),),
             norm="post_attention_layernorm",
         ),
-        Group((Linear("mlp.down_proj", ("mlp.down",)),)),
+        Group((Linear("mlp.down_proj", ("mlp.down",)),), stream="post_attention_layernorm"),
     ),
 )

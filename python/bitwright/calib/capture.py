@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -41,6 +41,7 @@ from torch import nn
 
 from bitwright.calib import attention
 from bitwright.calib.memory import BATCHES_PER_TRIM, trim
+from bitwright.calib.parked import Arrival, Cut, NotAView, Stream, Waiting
 from bitwright.calib.skeleton import Skeleton, value_rows
 from bitwright.calib.walk import first
 from bitwright.calib.weights import BlockWeights, Weights
@@ -54,46 +55,8 @@ Done = Callable[[Group], Weights | None]
 class Collector(Protocol):
     """What `calib.stats.StatsCollector` does."""
 
-    def update(self, x: Any, drift_from: Any = None) -> Any: ...
+    def update(self, x: Any, drift_from: Any = None, stream: Any = None) -> Any: ...
     def finish(self) -> Stats: ...
-
-
-class _Cut(Exception):
-    """Ends a rerun where its group begins."""
-
-
-class _NotAView(Exception):
-    """v cannot be replaced inside attention."""
-
-
-@dataclass(eq=False)
-class _Waiting:
-    """A v on its way into attention: its linear, input and output."""
-
-    group: int
-    linear: nn.Module
-    x: torch.Tensor
-    y: torch.Tensor | None = None
-
-
-@dataclass(eq=False)
-class _Stream:
-    """One stream of a batch; quantized: it runs with the solved weights. arrived: where it hands
-    over what it brings, so that no parked frame keeps it."""
-
-    hidden: torch.Tensor
-    quantized: bool
-    waiting: _Waiting | None = None
-    run: greenlet | None = None
-    arrived: _Arrival | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Arrival:
-    """The input of a group, or a block's output; heads > 0: mixed, one matrix of rows each."""
-
-    x: torch.Tensor
-    heads: int = 0
 
 
 class Capture:
@@ -101,7 +64,9 @@ class Capture:
 
     collector: makes the statistics of k columns, for a number of heads (0: one matrix). mix: v's
     statistics are those of its attention-mixed inputs, of every `mix`th query; 0: they are not.
-    notes: what a report should say about how the statistics were taken.
+    sums: where there are two streams, the statistics of linears whose outputs are added to the
+    residual stream get that as well (`Group.stream`). notes: what a report should say about how
+    the statistics were taken.
     """
 
     def __init__(
@@ -110,8 +75,10 @@ class Capture:
         arch: Arch,
         collector: Callable[[int, int], Collector],
         mix: int = 0,
+        sums: bool = False,
     ) -> None:
         self.skeleton, self.arch, self.collector, self.mix = skeleton, arch, collector, mix
+        self.sums = sums
         self.inside = True
         self.notes: list[str] = []
         known = any("attn.v" in x.roles for group in arch.groups for x in group.linears)
@@ -151,7 +118,7 @@ class Capture:
         InputError: NaN or infinity at the input of a linear.
         """
         batches = [
-            tuple(_Stream(h, quantized=n == 0) for n, h in enumerate(streams)) for streams in hidden
+            tuple(Stream(h, quantized=n == 0) for n, h in enumerate(streams)) for streams in hidden
         ]
         hidden.clear()
         with torch.inference_mode(), self.skeleton.block(i):
@@ -173,7 +140,7 @@ class _Run:
     before it, and of finished ones, let them pass."""
 
     def __init__(
-        self, capture: Capture, i: int, batches: list[tuple[_Stream, ...]], rerun: bool
+        self, capture: Capture, i: int, batches: list[tuple[Stream, ...]], rerun: bool
     ) -> None:
         self.capture, self.i, self.batches = capture, i, batches
         self.block = capture.skeleton.blocks[i]
@@ -199,6 +166,10 @@ class _Run:
                     stack.callback(module.register_forward_pre_hook(hook).remove)
                     if group.inside_attention:
                         stack.callback(module.register_forward_hook(self._leave).remove)
+            for norm in {group.stream for group in self.groups if self.capture.sums}:
+                if norm is not None:
+                    module = self.block.get_submodule(norm)
+                    stack.callback(module.register_forward_pre_hook(self._note_sum).remove)
             stack.enter_context(attention.watching(self._watch))
             stack.callback(self._abandon)
             yield
@@ -221,7 +192,8 @@ class _Run:
                 collector = self.capture.collector(arrived.x.shape[-1], arrived.heads)
                 head = arrived.x
             if collector is not None and shared is None:
-                collector.update(arrived.x, arrivals[0].x if arrivals else None)
+                float_x = arrivals[0].x if arrivals else None
+                collector.update(arrived.x, float_x, self._sums(g, batch))
             del arrived, arrivals
         if collector is None:
             raise InputError("[capture] wanted at least one calibration batch, got none")
@@ -242,7 +214,7 @@ class _Run:
         trim()
         return outputs
 
-    def _advance(self, stream: _Stream) -> _Arrival:
+    def _advance(self, stream: Stream) -> Arrival:
         """A stream's input at the group of this stage; after the last one, the block's output."""
         self.now = stream
         self.weights.use(stream.quantized)
@@ -250,7 +222,7 @@ class _Run:
             try:
                 at = self._rerun(stream) if self.rerun else self._resume(stream)
                 break
-            except _NotAView:
+            except NotAView:
                 self._stay_outside()
                 stream.waiting = stream.run = stream.arrived = None
         arrived, stream.arrived = stream.arrived, None
@@ -264,29 +236,29 @@ class _Run:
             trim()
         return arrived
 
-    def _resume(self, stream: _Stream) -> int:
+    def _resume(self, stream: Stream) -> int:
         if stream.run is None:
             stream.run = greenlet(self._forward)
             return int(stream.run.switch(stream))
         return int(stream.run.switch())
 
-    def _rerun(self, stream: _Stream) -> int:
+    def _rerun(self, stream: Stream) -> int:
         stream.waiting = None
         try:
             return self._forward(stream)
-        except _Cut as cut:
+        except Cut as cut:
             return int(cut.args[0])
 
-    def _forward(self, stream: _Stream) -> int:
+    def _forward(self, stream: Stream) -> int:
         call = self.capture.skeleton.call(self.i, stream.hidden)
         out = first(self.block(stream.hidden, *call.args, **call.kwargs))
         if stream.waiting is not None:
-            raise _NotAView
-        stream.arrived = _Arrival(out)
+            raise NotAView
+        stream.arrived = Arrival(out)
         return len(self.groups)
 
     def _shared(
-        self, g: int, arrived: _Arrival, before: tuple[int, torch.Tensor, Stats] | None
+        self, g: int, arrived: Arrival, before: tuple[int, torch.Tensor, Stats] | None
     ) -> Stats | None:
         """The statistics of the group just solved, if this one reads the same input."""
         if before is None or before[0] != g - 1 or not self.groups[g].inside_attention:
@@ -294,6 +266,12 @@ class _Run:
         x = arrived.x
         same = not arrived.heads and before[1].shape == x.shape and torch.equal(before[1], x)
         return before[2] if same else None
+
+    def _sums(self, g: int, batch: tuple[Stream, ...]) -> Streams | None:
+        if self.groups[g].stream is None or len(batch) < 2:
+            return None
+        found = tuple(stream.sum for stream in batch if stream.sum is not None)
+        return found if len(found) == len(batch) else None
 
     def _stats(self, g: int, collector: Collector) -> Stats:
         try:
@@ -334,10 +312,14 @@ class _Run:
         if g < self.stage or self.now is None:
             return
         if inside and self.capture.inside:
-            self.now.waiting = _Waiting(g, module, args[0])
+            self.now.waiting = Waiting(g, module, args[0])
         else:
-            self.now.arrived = _Arrival(args[0])
+            self.now.arrived = Arrival(args[0])
             self._park(g)
+
+    def _note_sum(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.now is not None:
+            self.now.sum = args[0]
 
     def _leave(self, module: nn.Module, _args: tuple[Any, ...], out: torch.Tensor) -> None:
         waiting = self.now.waiting if self.now is not None else None
@@ -350,25 +332,25 @@ class _Run:
             return call.value
         value, y = call.value, waiting.y
         if value.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
-            raise _NotAView
+            raise NotAView
         self.now.waiting = None
         self.now.arrived = self._mixed(call, waiting.x)
         self._park(waiting.group)
         again: torch.Tensor = waiting.linear.forward(waiting.x)
         if again.stride() != y.stride() or again.storage_offset() != y.storage_offset():
-            raise _NotAView
+            raise NotAView
         return again.as_strided(value.size(), value.stride(), value.storage_offset())
 
-    def _mixed(self, call: attention.Call, x: torch.Tensor) -> _Arrival:
+    def _mixed(self, call: attention.Call, x: torch.Tensor) -> Arrival:
         if not self.capture.mix:
-            return _Arrival(x)
+            return Arrival(x)
         mixed = attention.mix(call, x, self.capture.mix, self.pools)
         if mixed is not None:
             self._tell_pools(call.key.shape[1], len(mixed))
-            return _Arrival(mixed, len(mixed))
+            return Arrival(mixed, len(mixed))
         self.capture.mix = 0
         self.capture.notes.append(f"v has the plain Gram: {self.path} attends in an unknown way")
-        return _Arrival(x)
+        return Arrival(x)
 
     def _tell_pools(self, heads: int, pools: int) -> None:
         note = (
@@ -379,7 +361,7 @@ class _Run:
 
     def _park(self, g: int) -> None:
         if self.now is not None and self.now.waiting is not None and self.now.waiting.group < g:
-            raise _NotAView
+            raise NotAView
         if self.rerun:
-            raise _Cut(g)
+            raise Cut(g)
         self.hub.switch(g)

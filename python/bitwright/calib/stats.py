@@ -22,16 +22,18 @@ class StatsCollector:
     update(x): a NumPy array or torch CPU tensor (..., k) of float32, float16 or bfloat16; leading
     dimensions are tokens; not copied when contiguous. update(x, drift_from): x is what became of
     the inputs `drift_from` (same shape), and C = (drift_from - x)^T x / tokens is kept too, over
-    the tokens for which both were given. heads: x is (heads, ..., k), and each head has its own H
-    and C. finish(): the Stats; InputError when no token came or a value was NaN or infinite.
-    hessian=False: column statistics only. hold: the second half of each update with `drift_from`
-    is counted apart too (`Stats.held`).
+    the tokens for which both were given. stream, with `drift_from`: what the outputs are added to,
+    here and in the model that `drift_from` came from, each (..., h); their D is kept too. heads: x
+    is (heads, ..., k), and each head has its own H and C. finish(): the Stats; InputError when no
+    token came or a value was NaN or infinite. hessian=False: column statistics only. hold: the
+    second half of each update with `drift_from` is counted apart too (`Stats.held`).
     """
 
     def __init__(self, k: int, heads: int = 0, *, hessian: bool = True, hold: bool = False) -> None:
         self.k, self.heads, self.hold, self.tokens = k, heads, hold, 0
         self._H = np.zeros(self._shape) if hessian else None
         self._C: F64 | None = None
+        self._D: F64 | None = None
         self._held: tuple[F64, F64] | None = None
         self._compared = self._held_tokens = 0
         self._absolute = np.zeros(k)
@@ -53,7 +55,9 @@ class StatsCollector:
             )
         return np.ascontiguousarray(X).reshape(max(self.heads, 1), -1, self.k)
 
-    def update(self, x: Any, drift_from: Any = None) -> StatsCollector:
+    def update(
+        self, x: Any, drift_from: Any = None, stream: tuple[Any, Any] | None = None
+    ) -> StatsCollector:
         X = self._rows(x)
         before = None if drift_from is None else self._rows(drift_from)
         if before is not None and before.shape != X.shape:
@@ -68,6 +72,8 @@ class StatsCollector:
             return self
         if self._C is None:
             self._C = np.zeros(self._shape)
+        if stream is not None:
+            self._add_stream(X[0], stream)
         fit = X.shape[1] - X.shape[1] // 2 if self.hold else X.shape[1]
         self._add(X[:, :fit], before[:, :fit], self._H, self._C)
         if fit < X.shape[1]:
@@ -76,6 +82,13 @@ class StatsCollector:
             self._held_tokens += X.shape[1] - fit
         self._compared += X.shape[1]
         return self
+
+    def _add_stream(self, X: npt.NDArray[Any], stream: tuple[Any, Any]) -> None:
+        after, before = (ops.as_numpy(s) for s in stream)
+        after, before = (s.reshape(len(X), -1) for s in (after, before))
+        if self._D is None:
+            self._D = np.zeros((after.shape[1], self.k))
+        ops.cross(before, X, self._D, after)
 
     def _add(
         self, X: npt.NDArray[Any], before: npt.NDArray[Any] | None, H: F64, C: F64 | None
@@ -103,9 +116,12 @@ class StatsCollector:
             self._H /= self.tokens
         if self._C is not None:
             self._C /= self._compared
+        if self._D is not None:
+            self._D /= self._compared
         mean_abs = (self._absolute / (self.tokens * max(self.heads, 1))).astype(np.float32)
         extremes = (self._abs_max, self._minimum, self._maximum)
-        return Stats(self.tokens, self._H, mean_abs, *extremes, C=self._C, held=held)
+        sums = (self.tokens, self._H, mean_abs, *extremes)
+        return Stats(*sums, C=self._C, held=held, D=self._D)
 
     def _finish_held(self) -> Held | None:
         if self._held is None or self._H is None or self._C is None:

@@ -165,13 +165,15 @@ def refine(
     return QTensor(codes, scales, zeros_out(zeros, q.scheme), q.scheme, q.global_scale, kept), loss
 
 
-def drift(W: F32, C: F64, R: F32, order: npt.NDArray[np.int32]) -> F32:
-    """W C (R R^T)^-1 (n, k): what inputs that drifted by C = (X - X')^T X' / tokens ask of W
-    (docs/solver.md 9). C (k, k) in natural order; R and order as from `factor`."""
+def drift(W: F32, C: F64, R: F32, order: npt.NDArray[np.int32], D: F64 | None = None) -> F32:
+    """(W C + D) (R R^T)^-1 (n, k): what inputs that drifted by C = (X - X')^T X' / tokens ask of W
+    (docs/solver.md 9), and a sum that W X' is added to, which changed by D = (S - S')^T X' / tokens
+    (n, k). C (k, k) in natural order; R and order as from `factor`."""
     W, C = matrix("drift", W, np.float32), matrix("drift", C, np.float64)
+    D = np.empty((0, 0)) if D is None else matrix("drift", D, np.float64)
     delta = np.empty(W.shape, np.float32)
     R, columns = matrix("drift", R, np.float32), vector("drift", order, np.int32)
-    _core.drift(W, C, R, columns, delta)
+    _core.drift(W, C, D, R, columns, delta)
     return delta
 
 

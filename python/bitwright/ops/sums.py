@@ -25,16 +25,25 @@ def gram(X: npt.NDArray[Any], H: F64) -> None:
         _core.gram_u16(X.view(np.uint16), X.dtype == BFLOAT16, H)
 
 
-def cross(before: npt.NDArray[Any], X: npt.NDArray[Any], C: F64) -> None:
-    """C += (before - X)^T X in place, C (k, k); before and X (t, k) of one dtype, as for `gram`."""
+def cross(
+    before: npt.NDArray[Any],
+    X: npt.NDArray[Any],
+    C: F64,
+    after: npt.NDArray[Any] | None = None,
+) -> None:
+    """C += (before - after)^T X in place, C (h, k); before and after (t, h), X (t, k) of one dtype,
+    as for `gram`. after: None for X, how the inputs drifted."""
     before, X = floats("cross", before), floats("cross", X)
-    if before.dtype != X.dtype:
-        raise InputError(f"[cross] wanted both inputs of one dtype, got {before.dtype}, {X.dtype}")
-    C = in_place("cross", C, np.float64, (X.shape[1], X.shape[1]))
+    after = X if after is None else floats("cross", after)
+    if not before.dtype == after.dtype == X.dtype:
+        raise InputError(
+            f"[cross] wanted inputs of one dtype, got {before.dtype}, {after.dtype} and {X.dtype}"
+        )
+    C = in_place("cross", C, np.float64, (before.shape[1], X.shape[1]))
     if X.dtype == np.float32:
-        _core.cross_f32(before, X, C)
+        _core.cross_f32(before, after, X, C)
     else:
-        words = before.view(np.uint16), X.view(np.uint16)
+        words = before.view(np.uint16), after.view(np.uint16), X.view(np.uint16)
         _core.cross_u16(*words, X.dtype == BFLOAT16, C)
 
 

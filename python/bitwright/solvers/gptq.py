@@ -13,7 +13,9 @@ Target (9). Where the inputs drifted from those of the float model, C = (X_float
 w is w + alpha w C (H + damping)^-1: alpha 1 minimises |W X_float - Q X|^2, the default .5 trusts
 half of it (measured: better than all at 4 and at 2 bits), and "auto" takes of ALPHAS the one with
 the least |W X_float - (W + alpha delta) X|^2 on the tokens that Stats.held counts apart, delta from
-the others (what the layer wants, not the model: at 2 bits KL .863 against .831 of the half). Blocks
+the others (what the layer wants, not the model: at 2 bits KL .863 against .831 of the half).
+`residual` r, of linears whose outputs are added to the residual stream S: W C + r D instead, D =
+(S_float - S)^T X / tokens, so that they make up for a share of its error. Blocks
 of rows may have an H (and C) each: v's KV heads, under their attention-mixed inputs. How the
 statistics are taken: `attention` n, v's inputs mixed by every n-th query, 0: plain; `compare` n,
 the float model runs alongside every n-th batch, though at least 32768 tokens, 0: not at all.
@@ -41,16 +43,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from bitwright import ops
+from bitwright.hessian.factored import Factored, factored
+from bitwright.hessian.target import ALPHA, Drifts, drifts_of, share_of_drift, target_of
 from bitwright.spec import (
     F32,
     F64,
     U8,
-    Held,
     InputError,
-    NumericalError,
     QTensor,
     Report,
     Scheme,
@@ -64,13 +65,9 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
     "default": {"alpha": 0.5, "attention": 8, "compare": 2},
     "max": {"alpha": 0.5, "attention": 2, "compare": 1, "refine": "cccl" + "clc" * 6},
 }
-ALPHA = 0.5
-ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-
 DAMPING = {1: 0.05, 2: 0.05, 3: 0.02}  # by bits, else DEFAULT_DAMPING
 DEFAULT_DAMPING = 0.01
 ZERO_SPAN = {1: 2, 2: 2}  # zero points tried beside z0, by bits, else 1
-DEAD = 1e-12  # diagonal, relative to its largest entry, below which a column carries no signal
 PATTERN = "ccclclc"
 SCALES = ("feedback", "hessian", "mse", "minmax")
 ORDERS = ("gar", "act", "natural")
@@ -86,52 +83,19 @@ def check(options: Mapping[str, Any]) -> None:
     pattern = options.get("refine", PATTERN)
     if not isinstance(pattern, str) or set(pattern) - {"c", "l"}:
         raise InputError(f"[gptq] refine must consist of c and l, got {pattern!r}")
-    _share_of_drift(options.get("alpha", ALPHA))
+    share_of_drift(options.get("alpha", ALPHA))
     for name in ("attention", "compare"):
         value = options.get(name, 0)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise InputError(f"[gptq] {name} must be a whole number from 0 on, got {value!r}")
-    damping = options.get("damping", 0.0)
-    if isinstance(damping, str) or not 0.0 <= (damping or 0.0) < math.inf:
-        raise InputError(f"[gptq] damping must be a number from 0 on, got {damping!r}")
-
-
-@dataclass(frozen=True, eq=False)
-class Factored:
-    """Factor of one ordered H; R None: no rung of the damping ladder worked, `failure` says so.
-
-    damping: relative; added: the same in H's units."""
-
-    R: F32 | None
-    order: npt.NDArray[np.int32]
-    dead: npt.NDArray[np.bool_]
-    damping: float
-    added: float
-    rung: int
-    failure: str = ""
-
-    @property
-    def factor(self) -> F32:
-        if self.R is None:
-            raise InputError("[gptq] wanted a factor of H, got none")
-        return self.R
+    for name, most in (("damping", math.inf), ("residual", 1.0)):
+        value = options.get(name) or 0.0
+        if isinstance(value, str) or not 0.0 <= value <= most or value == math.inf:
+            limit = "a number from 0 on" if name == "damping" else "0 to 1"
+            raise InputError(f"[gptq] {name} must be {limit}, got {value!r}")
 
 
 Prepared = tuple[Factored, ...]
-
-
-def column_order(diagonal: F64, group: int, order: str) -> npt.NDArray[np.int32]:
-    """Columns in solving order: "gar" (see above), "act" (descending diagonal), "natural"."""
-    k = len(diagonal)
-    if order == "natural":
-        return np.arange(k, dtype=np.int32)
-    if order == "act":
-        return np.argsort(-diagonal, kind="stable").astype(np.int32)
-    groups = [np.arange(first, min(first + group, k)) for first in range(0, k, group)]
-    peaks = np.array([diagonal[columns].max() for columns in groups])
-    inside = [columns[np.argsort(-diagonal[columns], kind="stable")] for columns in groups]
-    ranked = [inside[g] for g in np.argsort(-peaks, kind="stable")]
-    return np.concatenate(ranked).astype(np.int32)
 
 
 def _hessians(stats: Stats | None) -> F64:
@@ -153,20 +117,7 @@ def prepare(
     """Order and factor of each H, for all matrices with these inputs and this group size."""
     check({"order": order, "damping": damping})
     wish = DAMPING.get(scheme.bits, DEFAULT_DAMPING) if damping is None else damping
-    return tuple(_factored(H, scheme, wish, order) for H in _hessians(stats))
-
-
-def _factored(H: F64, scheme: Scheme, damping: float, order: str) -> Factored:
-    diagonal = np.ascontiguousarray(np.diagonal(H))
-    dead = diagonal <= DEAD * diagonal.max(initial=0.0)
-    columns = column_order(diagonal, scheme.columns(len(H)), order)
-    mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
-    try:
-        R, used, rung = ops.factor(H, damping, columns, dead)
-    except NumericalError as error:
-        rungs = ops.DAMPING_ATTEMPTS
-        return Factored(None, columns, dead, damping, damping * mean, rungs, str(error))
-    return Factored(R, columns, dead, used, used * mean, rung)
+    return tuple(factored(H, scheme, wish, order) for H in _hessians(stats))
 
 
 @dataclass(frozen=True)
@@ -179,25 +130,6 @@ class _Options:
     alpha: float | None  # None: chosen on held-out tokens
     negative: bool
     whole: F32  # the matrix whose range sets the scale of a tensor scheme
-
-
-@dataclass(frozen=True, eq=False)
-class Drifts:
-    """H, C and what is held out of one block of rows."""
-
-    H: F64
-    C: F64
-    held: Held | None
-
-
-def _drifts(stats: Stats, H: F64) -> list[Drifts | None]:
-    if stats.C is None:
-        return [None] * len(H)
-    C, found = stats.C.reshape(H.shape), stats.held
-    if found is None:
-        return [Drifts(H[b], C[b], None) for b in range(len(H))]
-    held_H, held_C = found.H.reshape(H.shape), found.C.reshape(H.shape)
-    return [Drifts(H[b], C[b], Held(held_H[b], held_C[b], found.share)) for b in range(len(H))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,32 +195,6 @@ def _error(W: F32, q: QTensor, loss: F64, p: Factored, H: F64) -> float:
     return max(float(loss.sum()) - p.added * ops.energy(E), 0.0)
 
 
-def _target(W: F32, drifts: Drifts, p: Factored, o: _Options) -> tuple[F32, float]:
-    """W + alpha W C (H + damping)^-1, and alpha."""
-    alpha = _chosen_alpha(W, drifts, p) if o.alpha is None else o.alpha
-    target = ops.drift(W, drifts.C, p.factor, p.order)
-    target *= np.float32(alpha)
-    target += W
-    return target, alpha
-
-
-def _chosen_alpha(W: F32, d: Drifts, p: Factored) -> float:
-    """The alpha with the least error on the held-out tokens, alpha^2 |delta X|^2 - 2 alpha <W D,
-    delta X> + ..., D = X_float - X; the product is <delta_held, delta> under H + damping."""
-    if d.held is None:
-        return ALPHA
-    fit = (d.C - d.held.share * d.held.C) / (1.0 - d.held.share)
-    delta = ops.drift(W, fit, p.factor, p.order)
-    other = ops.drift(W, d.held.C, p.factor, p.order)
-
-    def size(E: F32) -> float:
-        return ops.quadratic(E, d.H) + p.added * ops.energy(E)
-
-    slope = (size(other + delta) - size(other - delta)) / 4
-    curve = ops.quadratic(delta, d.held.H)
-    return min(ALPHAS, key=lambda alpha: alpha * alpha * curve - 2 * alpha * slope)
-
-
 def _solve_rows(
     W: F32, H: F64, drifts: Drifts | None, p: Factored, scheme: Scheme, o: _Options
 ) -> _Part:
@@ -300,7 +206,7 @@ def _solve_rows(
         q = ops.encode(W, *static, scheme, ops.global_scale(o.whole, scheme), steps)
         rounded = ops.quadratic(W - ops.decode(q), H)
         return _Part(q, size, plain, rounded, rounded)
-    target, alpha = (W, None) if drifts is None else _target(W, drifts, p, o)
+    target, alpha = (W, None) if drifts is None else target_of(W, drifts, p, o.alpha)
     q, loss = _sweep(target, H, p, scheme, o)
     swept = final = _error(target, q, loss, p, H)
     pattern = o.refine.replace("l", "") if scheme.group == -1 else o.refine
@@ -325,6 +231,7 @@ def solve(
     scales: str = "feedback",
     refine: str = PATTERN,
     alpha: float | str = ALPHA,
+    residual: float = 0.0,
     attention: int = 0,  # noqa: ARG001  the statistics were taken with these two
     compare: int = 0,  # noqa: ARG001
     negative: bool = False,
@@ -338,25 +245,17 @@ def solve(
     if stats is None:
         raise InputError("[gptq] wanted Stats with H, got none")
     factors = prepared or prepare(stats, scheme, damping=damping, order=order)
-    check({"scales": scales, "order": order, "refine": refine, "alpha": alpha})
-    share = _share_of_drift(alpha)
+    wishes = {"scales": scales, "order": order, "refine": refine, "alpha": alpha}
+    check({**wishes, "residual": residual})
+    share = share_of_drift(alpha)
     o = _Options(order, scales, refine, share, negative, W if whole is None else whole)
-    drifts = _drifts(stats, H) if alpha else [None] * len(H)
+    drifts = drifts_of(stats, H, residual) if alpha else [None] * len(H)
     rows = len(W) // len(H)
     parts = [
         _solve_rows(W[b * rows : (b + 1) * rows], H[b], drifts[b], p, scheme, o)
         for b, p in enumerate(factors)
     ]
     return stacked([part.q for part in parts]), _report(W.shape, parts, factors, stats, scheme)
-
-
-def _share_of_drift(alpha: float | str) -> float | None:
-    """alpha as a number; None where it is to be chosen."""
-    if alpha == "auto":
-        return None
-    if not isinstance(alpha, int | float) or not 0.0 <= alpha <= 1.0:
-        raise InputError(f'[gptq] alpha must be 0 to 1 or "auto", got {alpha!r}')
-    return float(alpha)
 
 
 def _report(

@@ -1,0 +1,76 @@
+"""The target that GPTQ rounds: W and a share of what drifted inputs ask for (docs/solver.md 9).
+
+target = W + alpha (W C + r D) (H + damping)^-1; with alpha "auto" the share of ALPHAS whose target
+has the least |W X_float - target X|^2 on the tokens that are held out, its delta from the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitwright import ops
+from bitwright.hessian.factored import Factored
+from bitwright.spec import F32, F64, Held, InputError, Stats
+
+ALPHA = 0.5
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def share_of_drift(alpha: float | str) -> float | None:
+    """alpha as a number; None where it is to be chosen."""
+    if alpha == "auto":
+        return None
+    if not isinstance(alpha, int | float) or not 0.0 <= alpha <= 1.0:
+        raise InputError(f'[gptq] alpha must be 0 to 1 or "auto", got {alpha!r}')
+    return float(alpha)
+
+
+@dataclass(frozen=True, eq=False)
+class Drifts:
+    """H, C, what is held out and D of one block of rows."""
+
+    H: F64
+    C: F64
+    held: Held | None
+    D: F64 | None = None
+
+
+def drifts_of(stats: Stats, H: F64, residual: float) -> list[Drifts | None]:
+    """The drift of each block of rows (H is (B, k, k)), with `residual` of the stream's error."""
+    if stats.C is None:
+        return [None] * len(H)
+    C, found = stats.C.reshape(H.shape), stats.held
+    if len(H) == 1 and stats.D is not None and residual:
+        return [Drifts(H[0], C[0], found, residual * stats.D)]
+    if found is None:
+        return [Drifts(H[b], C[b], None) for b in range(len(H))]
+    held_H, held_C = found.H.reshape(H.shape), found.C.reshape(H.shape)
+    return [Drifts(H[b], C[b], Held(held_H[b], held_C[b], found.share)) for b in range(len(H))]
+
+
+def target_of(W: F32, drifts: Drifts, p: Factored, alpha: float | None) -> tuple[F32, float]:
+    """W + alpha (W C + D) (H + damping)^-1, and alpha; None: chosen on the held-out tokens."""
+    share = _chosen_alpha(W, drifts, p) if alpha is None else alpha
+    target = ops.drift(W, drifts.C, p.factor, p.order, drifts.D)
+    target *= np.float32(share)
+    target += W
+    return target, share
+
+
+def _chosen_alpha(W: F32, d: Drifts, p: Factored) -> float:
+    """The alpha with the least error on the held-out tokens, alpha^2 |delta X|^2 - 2 alpha <W D,
+    delta X> + ..., D = X_float - X; the product is <delta_held, delta> under H + damping."""
+    if d.held is None:
+        return ALPHA
+    fit = (d.C - d.held.share * d.held.C) / (1.0 - d.held.share)
+    delta = ops.drift(W, fit, p.factor, p.order)
+    other = ops.drift(W, d.held.C, p.factor, p.order)
+
+    def size(E: F32) -> float:
+        return ops.quadratic(E, d.H) + p.added * ops.energy(E)
+
+    slope = (size(other + delta) - size(other - delta)) / 4
+    curve = ops.quadratic(delta, d.held.H)
+    return min(ALPHAS, key=lambda alpha: alpha * alpha * curve - 2 * alpha * slope)
