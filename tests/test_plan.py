@@ -37,7 +37,8 @@ def test_no_weight_is_read(monkeypatch):
     assert make().tokens == 128 * 512
 
 
-def test_more_tokens_need_more():
+def test_more_tokens_need_more(monkeypatch):
+    monkeypatch.setattr(plan, "_rate", lambda *_: 1e11)  # of a machine that does not waver
     few, many = make(samples=8), make(samples=512)
     assert few.ram["block"] < many.ram["block"]
     assert few.disk_bytes < many.disk_bytes

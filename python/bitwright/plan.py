@@ -203,7 +203,9 @@ class _Sizes:
             if target.scheme is not None:
                 n, k = target.shape
                 words = -(-k * target.scheme.bits // 32)
-                spooled += 4 * n * words + 5 * n * target.scheme.groups(k)
+                cell = 8 if target.scheme.offset else 5  # scale and zero point
+                spooled += 4 * n * (words + target.scheme.blocks(k))
+                spooled += cell * n * target.scheme.groups(k)
         return spooled + self.stream + max(self.stream, self.output())
 
 
