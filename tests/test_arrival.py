@@ -39,9 +39,11 @@ class Recorder:
 
 
 REVISED = {("refine", "codes"), ("refine", "scales")}  # what comes back is a revised copy
+# One zero point a group, stored as a byte, taken as a float like the offset that may stand there.
+WIDENED = {(op, "zeros") for op in ("encode", "decode", "gptq", "refine", "qlinear")}
 
 
-@pytest.mark.parametrize(("op", "name"), sorted({*INPUTS, *OUTPUTS} - REVISED))
+@pytest.mark.parametrize(("op", "name"), sorted({*INPUTS, *OUTPUTS} - REVISED - WIDENED))
 def test_contiguous_arrays_arrive_without_a_copy(op: str, name: str, monkeypatch: Any) -> None:
     core = Recorder(_core)
     for module in (codes, solve, sums):

@@ -17,6 +17,7 @@ ARROWS = {
     "spec": set(),
     "registry": set(),
     "progress": set(),
+    "deferred": set(),
     "files": {"spec"},
     "ops": {"spec", "_core"},
     "grids": {"spec"},

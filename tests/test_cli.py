@@ -197,3 +197,18 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_resume(tmp_path):
 @pytest.mark.parametrize(("text", "count"), [("5GB", 5 * 10**9), ("1.5M", 1500000), ("77", 77)])
 def test_sizes(text, count):
     assert cli.byte_count(text) == count
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"]])
+def test_help_waits_for_no_heavy_library(arguments):
+    """No torch, no transformers: help comes in a third of a second, not in four."""
+    program = (
+        "import sys\nfrom bitwright import launch\nsys.argv[1:] = sys.argv[2:]\n"
+        "try:\n    launch.main()\nfinally:\n    print([m for m in ('torch', 'transformers',"
+        " 'greenlet', 'huggingface_hub') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "-", *arguments], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().endswith("[]")
+    assert "Usage: bitwright" in done.stdout

@@ -14,18 +14,13 @@ from collections.abc import Callable
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from transformers.utils import logging as transformers_logging
 
-from bitwright import conversion, demo, evaluate, inspection, module, papers, plan, show
-from bitwright import recipe as recipes
-from bitwright.calib.data import require_file
-from bitwright.files.checkpoint import Checkpoint
-from bitwright.files.hub import resolve
-from bitwright.show import Bars, Printer
+from bitwright.deferred import Deferred
 from bitwright.spec import (
+    METHODS,
     BitwrightError,
     InputError,
     NumericalError,
@@ -33,6 +28,32 @@ from bitwright.spec import (
     RefusedError,
     VerificationError,
 )
+
+if TYPE_CHECKING:
+    from transformers.utils import logging as transformers_logging
+
+    from bitwright import conversion, demo, evaluate, inspection, module, papers, plan, show
+    from bitwright import recipe as recipes
+    from bitwright.calib import data
+    from bitwright.files import checkpoint, hub
+else:
+    conversion, demo, evaluate, inspection, module, papers, plan, show, recipes = (
+        Deferred(f"bitwright.{name}")
+        for name in (
+            "conversion",
+            "demo",
+            "evaluate",
+            "inspection",
+            "module",
+            "papers",
+            "plan",
+            "show",
+            "recipe",
+        )
+    )
+    data, checkpoint = Deferred("bitwright.calib.data"), Deferred("bitwright.files.checkpoint")
+    hub = Deferred("bitwright.files.hub")
+    transformers_logging = Deferred("transformers.utils.logging")
 
 EXIT_CODES: tuple[tuple[type[BitwrightError], int], ...] = (
     (InputError, 2),
@@ -79,9 +100,7 @@ SchemeName = Annotated[
     str | None,
     typer.Option("--scheme", help="int<bits>-g<group>|channel|tensor[-asym]. [int4-g64]"),
 ]
-Method = Annotated[
-    str | None, typer.Option("--method", help=f"{' | '.join(recipes.METHODS)}. [gptq]")
-]
+Method = Annotated[str | None, typer.Option("--method", help=f"{' | '.join(METHODS)}. [gptq]")]
 Effort = Annotated[
     str | None,
     typer.Option("--effort", help="fast (plain GPTQ) | default | max (slower). [default]"),
@@ -133,6 +152,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             command(*args, **kwargs)
         except BitwrightError as error:
@@ -180,7 +201,7 @@ def quantize(
     quiet: Quiet = False,
 ) -> None:
     """Quantize a checkpoint; the same command again resumes an interrupted run."""
-    printer = Printer(json, quiet)
+    printer = show.Printer(json, quiet)
     wish = _recipe(
         recipe,
         scheme=scheme,
@@ -192,7 +213,7 @@ def quantize(
         seed=seed,
         chat=chat,
     )
-    with Bars(quiet) as bars:
+    with show.Bars(quiet) as bars:
         report = module.quantize(
             src,
             wish,
@@ -207,11 +228,11 @@ def quantize(
             overwrite=overwrite,
             progress=bars,
         )
-    checkpoint = Checkpoint(out)
-    show.report(printer, report, out, checkpoint.total_bytes)
+    written = checkpoint.Checkpoint(out)
+    show.report(printer, report, out, written.total_bytes)
     printer.json(report.to_dict(measured=True))
     printer.line()
-    printer.plain("; ".join(papers.load_lines(out, checkpoint)))
+    printer.plain("; ".join(papers.load_lines(out, written)))
 
 
 @app.command(name="plan")
@@ -239,7 +260,7 @@ def plan_command(
     quiet: Quiet = False,
 ) -> None:
     """Peak memory, disk, time and each linear's scheme, before anything runs."""
-    printer = Printer(json, quiet)
+    printer = show.Printer(json, quiet)
     wish = _recipe(
         recipe,
         scheme=scheme,
@@ -252,9 +273,9 @@ def plan_command(
         chat=chat,
     )
     if calibration is not None:
-        require_file(calibration)
+        data.require_file(calibration)
     made = plan.make(
-        resolve(src),
+        hub.resolve(src),
         wish,
         threads=threads,
         dtype=None if dtype is None else dtype.value,
@@ -281,12 +302,12 @@ def eval_command(
     quiet: Quiet = False,
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement of a quantized model with its original."""
-    printer = Printer(json, quiet)
-    folder = resolve(quant)
+    printer = show.Printer(json, quiet)
+    folder = hub.resolve(quant)
     ours = card and papers.read(folder) is not None
-    with Bars(quiet) as bars:
+    with show.Bars(quiet) as bars:
         scores = evaluate.compare(
-            resolve(base), folder, text=text, windows=windows, length=length, progress=bars
+            hub.resolve(base), folder, text=text, windows=windows, length=length, progress=bars
         )
     show.evaluation(printer, scores)
     printer.json(scores.to_dict())
@@ -298,8 +319,8 @@ def eval_command(
 @guarded
 def inspect(path: Source, json: Json = None, quiet: Quiet = False) -> None:
     """What is in a checkpoint: schemes, sizes, the largest errors its report tells of."""
-    printer = Printer(json, quiet)
-    found = inspection.inspect(resolve(path))
+    printer = show.Printer(json, quiet)
+    found = inspection.inspect(hub.resolve(path))
     show.inspection(printer, found)
     printer.json(found.to_dict())
 
@@ -316,8 +337,8 @@ def convert(
     quiet: Quiet = False,
 ) -> None:
     """One result in another format, lossless or refused; nothing is solved again."""
-    printer = Printer(json, quiet)
-    with Bars(quiet) as bars:
+    printer = show.Printer(json, quiet)
+    with show.Bars(quiet) as bars:
         report = conversion.convert(
             out,
             out2,
@@ -329,7 +350,7 @@ def convert(
     for note in report.notes:
         printer.line(f"note: {note}")
     printer.json(report.to_dict())
-    printer.plain("; ".join(papers.load_lines(out2, Checkpoint(out2))))
+    printer.plain("; ".join(papers.load_lines(out2, checkpoint.Checkpoint(out2))))
 
 
 @app.command(name="demo")
@@ -340,19 +361,17 @@ def demo_command(
     quiet: Quiet = False,
 ) -> None:
     """Quantize the embedded model and compare: rounding, GPTQ at 3 bits, GPTQ at 4 bits."""
-    printer = Printer(json, quiet)
-    with Bars(quiet) as bars:
+    printer = show.Printer(json, quiet)
+    with show.Bars(quiet) as bars:
         rows = list(demo.run(out, overwrite=True, progress=bars))
     show.demo(printer, rows)
     printer.json([vars(row) | {"evaluation": row.evaluation.to_dict()} for row in rows])
     printer.line()
-    printer.plain("; ".join(papers.load_lines(out, Checkpoint(out))))
+    printer.plain("; ".join(papers.load_lines(out, checkpoint.Checkpoint(out))))
 
 
 def main() -> None:
     """The `bitwright` command."""
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     app(prog_name="bitwright")
 
 

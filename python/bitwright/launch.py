@@ -11,7 +11,7 @@ NEEDED = ("torch", "transformers", "greenlet", "huggingface_hub")  # by the comm
 def main() -> None:
     """Runs the command line; a missing extra and an early Ctrl-C are one sentence."""
     try:
-        cli = import_module("bitwright.cli")
+        import_module("bitwright.cli").main()
     except ModuleNotFoundError as error:
         missing = str(error.name).partition(".")[0]
         if missing not in NEEDED:
@@ -20,4 +20,3 @@ def main() -> None:
     except KeyboardInterrupt:
         print("bitwright: interrupted", file=sys.stderr)
         sys.exit(130)
-    cli.main()

@@ -25,9 +25,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from bitwright import registry, schemes
-from bitwright.spec import InputError, Override, Recipe, RefusedError, Scheme
+from bitwright.spec import METHODS, InputError, Override, Recipe, RefusedError, Scheme
 
-METHODS = ("rtn", "gptq", "awq", "awq+gptq")
 _ADAPTER = TypeAdapter(Recipe)
 
 

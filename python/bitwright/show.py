@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -22,12 +22,14 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
-from bitwright.demo import Shown
-from bitwright.evaluate import Evaluation
-from bitwright.inspection import Inspection
-from bitwright.plan import Plan, Row
-from bitwright.report import RunReport
 from bitwright.spec import InputError
+
+if TYPE_CHECKING:
+    from bitwright.demo import Shown
+    from bitwright.evaluate import Evaluation
+    from bitwright.inspection import Inspection
+    from bitwright.plan import Plan, Row
+    from bitwright.report import RunReport
 
 WORST = 3  # linears named in a summary
 PIPED = 160  # columns where there is no terminal
