@@ -86,7 +86,10 @@ def test_a_block_of_any_architecture(tmp_path):
         (32, {}, 4),  # all 4: fewer than 32768 tokens
         (512, {}, 32),
         (128, {"effort": "max"}, 16),
+        (128, {"scheme": "int2-g64-asym"}, 16),
+        (128, {"scheme": "int2-g64-asym", "options": {"compare": 2}}, 8),
         (128, {"effort": "fast"}, 0),
+        (128, {"scheme": "int2-g64-asym", "effort": "fast"}, 0),
         (128, {"options": {"alpha": 0.0}}, 0),
         (128, {"options": {"compare": 0}}, 0),
         (128, {"method": "rtn"}, 0),
