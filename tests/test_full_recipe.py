@@ -96,10 +96,11 @@ def test_the_residual_makes_up_for_what_the_outputs_are_added_to(name: str) -> N
         q, report = gptq.solve(W, known, s, alpha=1.0, residual=residual)
         errors.append(np.sum((X_float @ W.T + change - X @ q.dequantize().T) ** 2))
     assert errors[2] < errors[1] < errors[0]
-    assert report.alpha == 1.0
+    assert (report.alpha, report.residual) == (1.0, 1.0)
     plainly = dataclasses.replace(known, D=None)
-    same = [gptq.solve(W, k, s, residual=r)[0].codes for k, r in ((known, 0.0), (plainly, 1.0))]
-    assert np.array_equal(*same)
+    same = [gptq.solve(W, k, s, residual=r) for k, r in ((known, 0.0), (plainly, 1.0))]
+    assert np.array_equal(*(q.codes for q, _ in same))
+    assert [report.residual for _, report in same] == [None, None]
 
 
 def halves(k: int, first: object, second: object, tokens: int = 4000) -> Stats:

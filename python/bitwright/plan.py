@@ -251,6 +251,9 @@ def _seconds(job: Job, sizes: _Sizes) -> float:
     ]
     drift = 2.0 * sizes.compared
     per_block = (1.0 + drift) * sum(float(c) ** 2 for c in columns) * sizes.tokens
+    if job.sums:
+        added = [sizes.shape(g.linears[0].name) for g in job.arch.groups if g.stream is not None]
+        per_block += drift * sum(float(n * c) for n, c in added) * sizes.tokens
     if job.mix:
         heads = job.skeleton.model.config.get_text_config().num_attention_heads
         per_block += (1.0 + drift) * float(sizes.hidden) ** 2 * sizes.tokens * heads / job.mix

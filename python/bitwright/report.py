@@ -67,6 +67,9 @@ class RunReport:
             parts.append(
                 f"{len(alphas)} corrected for drift, alpha {sum(alphas) / len(alphas):.2g}"
             )
+        sums = [linear.residual for linear in self.linears if linear.residual is not None]
+        if sums:
+            parts.append(f"{len(sums)} for the residual stream's error, {sums[0]:.2g} of it")
         return ", ".join(parts)
 
     def worst(self, count: int) -> list[Report]:

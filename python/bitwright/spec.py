@@ -331,7 +331,8 @@ class Report:
     error_rtn, error: tr(E H E^T) / tr(W H W^T) of plain rounding and of the result (without
     calibration: H = I), E relative to the target that was solved for; error_swept: of GPTQ's
     result before refinement. alpha: share of the drift in that target, None
-    where inputs were not compared. heads: so many blocks of rows had an H of attention-mixed inputs
+    where inputs were not compared; residual: of the residual stream's error, None where the outputs
+    are not added to it. heads: so many blocks of rows had an H of attention-mixed inputs
     (tokens counts their rows), 0: one H of the inputs themselves. awq:
     exponent of the column scales, None where they were not searched.
     """
@@ -351,6 +352,7 @@ class Report:
     awq: float | None = None
     error_swept: float | None = None
     alpha: float | None = None
+    residual: float | None = None
     heads: int = 0
     notes: tuple[str, ...] = ()
     seconds: float = 0.0

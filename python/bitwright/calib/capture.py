@@ -194,6 +194,9 @@ class _Run:
             if collector is not None and shared is None:
                 float_x = arrivals[0].x if arrivals else None
                 collector.update(arrived.x, float_x, self._sums(g, batch))
+            if self.rerun or self.groups[g].stream is not None:
+                for stream in batch:
+                    stream.sum = None
             del arrived, arrivals
         if collector is None:
             raise InputError("[capture] wanted at least one calibration batch, got none")

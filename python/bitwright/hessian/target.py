@@ -15,6 +15,7 @@ from bitwright.hessian.factored import Factored
 from bitwright.spec import F32, F64, Held, InputError, Stats
 
 ALPHA = 0.5
+RESIDUAL = 0.25
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
