@@ -43,14 +43,15 @@ struct FitSettings {
 void pack(In<std::uint8_t> codes, int bits, Out<std::uint32_t> words);
 void unpack(In<std::uint32_t> words, int bits, Out<std::uint8_t> codes);
 
-// Scales on their grid, zeros in [zero_min, 2^b - 1]. weight: (k) or empty; scores are weighted by
-// it.
+// Scales on their grid, zeros in [zero_min, 2^b - 1] or offsets; of two levels multiples of
+// `steps`. weight: (k) or empty; scores are weighted by it.
 void fit(In<float> w, InVec<float> weight, const FitSettings& settings, InVec<float> factors,
          In<float> steps, Out<float> scales, Out<float> zeros);
-// code = clamp(rint(w / scale) + zero, 0, 2^b - 1), ties to even.
+// code = clamp(rint(w / scale) + zero, 0, 2^b - 1), ties to even; with offsets clamp(rint((w +
+// zero) / scale), 0, 2^b - 1).
 void encode(In<float> w, In<float> scales, In<float> zeros, Index group, const Grid& grid,
             Out<std::uint8_t> codes);
-// w = (code - zero) * scale, or levels[code] * scale.
+// w = (code - zero) * scale, or levels[code] * scale, or code * scale - zero.
 void decode(In<std::uint8_t> codes, In<float> scales, In<float> zeros, Index group,
             const Grid& grid, Out<float> w);
 

@@ -11,6 +11,7 @@ import numpy as np
 from bitwright import registry, schemes
 from bitwright.spec import QTensor, Report, Scheme
 from problems import stats
+from ref import to_offset_grid
 
 SOLVERS = registry.names("solvers")
 WITH_H = [name for name in SOLVERS if registry.get("solvers", name).NEEDS_H]
@@ -55,6 +56,8 @@ def sound(q: QTensor, report: Report) -> None:
         multiples = q.scales / np.repeat(q.steps, q.scheme.block, 1)[:, : q.scales.shape[1]]
         assert np.array_equal(multiples, np.rint(multiples))
         stored = q.steps
+    elif q.scheme.offset:
+        assert np.array_equal(q.zeros, to_offset_grid(q.zeros, q.scheme.scale))
     kind = {"bf16": ml_dtypes.bfloat16, "e8m0": ml_dtypes.float8_e8m0fnu, "fp16": np.float16}
     kind = kind.get(q.scheme.scale, ml_dtypes.float8_e4m3fn)
     assert np.allclose(stored.astype(kind).astype(np.float32), stored, rtol=1e-6, atol=0)

@@ -14,7 +14,8 @@ TORCH = {"calib", "pipeline", "module", "evaluate", "plan"}
 
 # room -> rooms it may import; a room is a module or a package directly under bitwright.
 ARROWS = {
-    "spec": set(),
+    "errors": set(),
+    "spec": {"errors"},
     "registry": set(),
     "progress": set(),
     "deferred": set(),
@@ -37,7 +38,7 @@ ARROWS = {
     "export": {"spec", "ops", "files", "progress"},
     "job": RESULT | {"calib"},
     "fingerprint": {"ops", "job"},
-    "solving": {"spec", "registry", "recipe", "solvers", "transforms", "job", "spool"},
+    "solving": {"spec", "ops", "registry", "recipe", "solvers", "transforms", "job", "spool"},
     "plan": {"spec", "ops", "calib", "job", "recipe", "solvers"},
     "evaluate": {"spec", "registry", "files", "formats", "calib", "progress"},
     "inspection": {"spec", "registry", "files", "formats", "report", "papers"},

@@ -86,12 +86,17 @@ def test_more_of_the_drift_is_less_error_of_the_outputs(name: str) -> None:
 @pytest.mark.parametrize("name", ["int3-g16", "int4-g64"])
 def test_the_residual_makes_up_for_what_the_outputs_are_added_to(name: str) -> None:
     """A sum that changed by something the inputs tell: the more of it, the less error of sum and
-    outputs; alone in the drift's target it is the sum's part of that."""
+    outputs."""
     W, s = weights(40, 64), schemes.parse(name)
     X_float, X, known = drifted(64, 2000)
     change = X @ (0.2 * W[::-1].T) + 0.01 * rng("sum").standard_normal((2000, 40))
     known = dataclasses.replace(known, D=change.T @ X / 2000)
     errors = []
+    alone, told = gptq.solve(W, known, s, alpha=0.0, residual=1.0)
+    assert (told.alpha, told.residual) == (0.0, 1.0)
+    nothing = dataclasses.replace(known, C=np.zeros_like(known.C))
+    same = gptq.solve(W, nothing, s, alpha=1.0, residual=1.0)[0]
+    assert np.array_equal(alone.codes, same.codes)
     for residual in (0.0, 0.5, 1.0):
         q, report = gptq.solve(W, known, s, alpha=1.0, residual=residual)
         errors.append(np.sum((X_float @ W.T + change - X @ q.dequantize().T) ** 2))

@@ -319,3 +319,21 @@ def interrupted_after(n, save):
         return save(*args)
 
     return saved
+
+
+@pytest.mark.parametrize(
+    ("wish", "share"),
+    [
+        ({}, 0.125), ({"scheme": "int2-g16-asym"}, 0.25), ({"options": {"residual": 0.0}}, None),
+        ({"options": {"residual": 0.5}}, 0.5), ({"effort": "fast"}, None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_o_and_down_make_up_for_the_residual_stream(checkpoints, tmp_path, wish, share):
+    report = quantize(checkpoints("llama"), tmp_path / "out", **wish)
+    found = {linear.name.rsplit(".", 1)[-1]: linear.residual for linear in report.linears}
+    assert {name for name, r in found.items() if r is not None} == (
+        {"o_proj", "down_proj"} if share else set()
+    )
+    assert found["down_proj"] == share
+    assert ("residual stream" in report.solver()) == bool(share)

@@ -4,6 +4,8 @@ steps shared by blocks of groups. Every op against its NumPy twin, as in test_op
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -134,6 +136,29 @@ def test_an_offset_is_worth_more_than_a_zero_point() -> None:
     np.testing.assert_allclose(ops.decode(q), exact, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["int4-g16-fp16-4x6", "int4-g16-asym-4x6", TWO[0]])
+def test_a_group_of_zeros_leaves_its_block_alone(name: str) -> None:
+    s, W = schemes.parse(name), weights(20, 96)
+    zeros = W.copy()
+    zeros[:, :16] = 0
+    error = []
+    for w in (W, zeros):
+        q = ops.encode(w, *ops.fit(w, s), s)
+        error.append(np.sum((w - ops.decode(q))[:, 16:] ** 2))
+    assert error[1] < 1.5 * error[0]
+    assert not ops.decode(ops.encode(zeros, *ops.fit(zeros, s), s))[:, :16].any()
+
+
+def test_impossible_schemes_are_refused_however_they_are_made() -> None:
+    good = schemes.parse("int4-g16-offset-fp16-4x6")
+    for change in (
+        {"block": 0}, {"scale_bits": 1}, {"scale": "fp32"}, {"scale": "e8m0"}, {"group": -1},
+        {"symmetric": True}, {"grid": schemes.grids()["nf4"]},
+    ):  # fmt: skip
+        with pytest.raises(RefusedError, match=r"^\[scheme\] wanted .*, got "):
+            dataclasses.replace(good, **change)
+
+
 def test_bits_per_weight_and_names() -> None:
     """Those of GGUF's Q4_K, 144 bytes for 256 weights, and Q3_K, 110."""
     q4_k = schemes.parse("int4-g32-offset-fp16-8x6")
@@ -143,9 +168,9 @@ def test_bits_per_weight_and_names() -> None:
     for name in NAMES:
         assert schemes.parse(name).name == name
     for name, why in (
-        ("nf4-g16-offset", "nf4 is a table without zero points"),
-        ("int4-g16-offset-e8m0", "offsets want scales of bf16, fp16 or fp32"),
-        ("int4-channel-8x6", "two-level scales want groups"),
+        ("nf4-g16-offset", "no zero points with a table, got nf4-g16-offset"),
+        ("int4-g16-offset-e8m0", "bf16, fp16 or fp32 scales with offsets"),
+        ("int4-channel-8x6", "groups for two-level scales"),
         ("int4-g16-fp32-8x6", "steps of bf16 or fp16"),
     ):
         with pytest.raises(RefusedError, match=why):
@@ -160,6 +185,8 @@ def test_wrong_steps_and_zeros_are_refused() -> None:
         InputError, match=r"steps must be \(6, 4\) in int4-g16-offset-fp16-2x6, got"
     ):
         QTensor(q.codes, q.scales, q.zeros, s)
+    with pytest.raises(InputError, match="scales and offsets that are multiples of their steps"):
+        QTensor(q.codes, q.scales, q.zeros, s, steps=1.01 * q.steps)
     with pytest.raises(InputError, match=r"\[fit\] steps must be 6 x 4, got 6 x 2"):
         ops.fit(W, s, steps=np.ones((6, 2), np.float32))
     with pytest.raises(InputError, match=r"\[fit\] steps must be positive and finite, got 0"):

@@ -13,7 +13,7 @@ inline VF multiple_of(VF x, const float* step, int least, int most) {
 }
 
 inline VF to_scale_grid(VF s, const ScaleGrid& grid, const float* step) {
-  if (grid.codes > 0) return multiple_of(s, step, 1, grid.codes);
+  if (grid.most > 0) return multiple_of(s, step, 1, grid.most);
   if (grid.finest > 0.0F) {
     const VF fine = rint(s / grid.finest) * grid.finest;
     ScaleGrid above = grid;
@@ -33,7 +33,7 @@ inline VF to_scale_grid(VF s, const ScaleGrid& grid, const float* step) {
 }
 
 inline VF to_offset_grid(VF o, const ScaleGrid& grid, const float* step) {
-  if (grid.codes > 0) return multiple_of(o, step, 0, grid.codes);
+  if (grid.most > 0) return multiple_of(o, step, 0, grid.most);
   const VF size = o < 0.0F ? -o : o;
   const VF kept = size < grid.smallest * 0.5F ? VF{} : to_scale_grid(size, grid, nullptr);
   return o < 0.0F ? -kept : kept;

@@ -7,14 +7,14 @@
 namespace bitwright {
 
 // Where scales live: stored / global, stored a float32 without its `mantissa_drop` low bits (16:
-// bf16, 13: fp16, 0: fp32, 20: e4m3, 23: e8m0), smallest to largest; or, codes > 0, whole multiples
-// 1 .. codes of a step that each lane has.
+// bf16, 13: fp16, 0: fp32, 20: e4m3, 23: e8m0), smallest to largest; or, most > 0, whole multiples
+// 1 .. most of a step that each lane has.
 struct ScaleGrid {
   int mantissa_drop;
   float smallest, largest;
   float global;  // 1 but for e4m3, whose matrix has one more scale
   float finest;  // spacing of the numbers below 2^-14, 0: as of those above
-  int codes;
+  int most;
 };
 
 // The levels of a table grid, ascending; a value above middles[i] takes level i + 1 or a higher
@@ -47,7 +47,7 @@ struct FitOptions {
   int zero_span;  // asymmetric: zero points z0 - span .. z0 + span are tried; of offsets quarters
                   // of the scale
   ScaleGrid grid, step_grid;
-  const float *step, *offset_step;  // [nr] where grid.codes > 0
+  const float *step, *offset_step;  // [nr] where grid.most > 0
   std::int64_t factor_count;
   const float* factors;
 };
@@ -100,7 +100,7 @@ struct DescentBlock {
 struct RescaleGroup {
   std::int64_t columns;
   ScaleGrid grid;
-  const float* step;  // [nr] where grid.codes > 0
+  const float* step;  // [nr] where grid.most > 0
   bool offset;
   const float* level;
   const float* g;

@@ -97,7 +97,7 @@ inline FitOptions fit_options(const FitSettings& s, const GridLevels& levels,
   o.negative = s.search && s.negative;
   o.grid = scale_grid(s.scale_grid, s.global_scale);
   if (s.block > 0) {
-    o.grid.codes = (1 << (s.symmetric ? s.scale_bits - 1 : s.scale_bits)) - 1;
+    o.grid.most = (1 << (s.symmetric ? s.scale_bits - 1 : s.scale_bits)) - 1;
     o.step_grid = step_grid(s.scale_grid);
   }
   if (s.scale_grid == "e8m0" && levels.get()) {  // OCP MX: 2^floor(log2(max)) / 2^floor(log2(end))

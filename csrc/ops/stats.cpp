@@ -116,18 +116,19 @@ void add_products(const Change<T>* change, In<T> x, bool bf16, Out<double> h) {
   const Index nr = table().nr_f32, panels = ceil_div(h.cols(), nr);
   const Index left_panels = ceil_div(h.rows(), nr),
               deepest = Layout::depth(std::min(kChunk, x.rows()));
-  const bool own = change != nullptr && change->after.data() != x.data();
+  const bool apart =
+      change != nullptr && (change->after.data() != x.data() || change->after.cols() != x.cols());
   Buffer<typename Layout::Word> right(deepest * panels * nr);
   Buffer<typename Layout::Word> left(change != nullptr ? deepest * left_panels * nr : 0);
-  Buffer<typename Layout::Word> after(own ? deepest * left_panels * nr : 0);
+  Buffer<typename Layout::Word> after(apart ? deepest * left_panels * nr : 0);
   const Index across = ceil_div(panels, kPanelsPerTask), down = ceil_div(h.rows(), kRowsPerTask);
   for (Index first = 0; first < x.rows(); first += kChunk) {
     const Index rows = std::min(kChunk, x.rows() - first), depth = Layout::depth(rows);
     fill_panels<Layout, T>(x, bf16, first, rows, right.get());
     if (change != nullptr) {
       fill_panels<Layout, T>(change->before, bf16, first, rows, left.get());
-      if (own) fill_panels<Layout, T>(change->after, bf16, first, rows, after.get());
-      subtract<Layout>(left.get(), own ? after.get() : right.get(), left_panels, depth * nr);
+      if (apart) fill_panels<Layout, T>(change->after, bf16, first, rows, after.get());
+      subtract<Layout>(left.get(), apart ? after.get() : right.get(), left_panels, depth * nr);
     }
     const typename Layout::Word* other = change == nullptr ? right.get() : left.get();
     parallel_for(across * down, [&](Index task) {

@@ -98,7 +98,10 @@ def byte_count(text: str) -> int:
 Source = Annotated[str, typer.Argument(help="Checkpoint folder, or a hub id like org/name.")]
 SchemeName = Annotated[
     str | None,
-    typer.Option("--scheme", help="int<bits>-g<group>|channel|tensor[-asym]. [int4-g64]"),
+    typer.Option(
+        "--scheme",
+        help="int<bits>-g<group>|channel|tensor[-asym|-offset], nf4-g64, mxfp4 ... [int4-g64]",
+    ),
 ]
 Method = Annotated[str | None, typer.Option("--method", help=f"{' | '.join(METHODS)}. [gptq]")]
 Effort = Annotated[
@@ -106,7 +109,8 @@ Effort = Annotated[
     typer.Option("--effort", help="fast (plain GPTQ) | default | max (slower). [default]"),
 ]
 Format = Annotated[
-    str | None, typer.Option("--format", help="compressed-tensors | gptq. [compressed-tensors]")
+    str | None,
+    typer.Option("--format", help="compressed-tensors | gptq | bitwright. [compressed-tensors]"),
 ]
 Calibration = Annotated[
     Path | None,
@@ -152,9 +156,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
+            transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
             command(*args, **kwargs)
         except BitwrightError as error:
             typer.echo(f"bitwright: {error}", err=True)
@@ -330,7 +334,7 @@ def inspect(path: Source, json: Json = None, quiet: Quiet = False) -> None:
 def convert(
     out: Annotated[str, typer.Argument(help="A quantized checkpoint.")],
     out2: Annotated[Path, typer.Argument(help="Folder to write.")],
-    format: Annotated[str, typer.Option("--format", help="compressed-tensors | gptq.")],
+    format: Annotated[str, typer.Option("--format", help="compressed-tensors | gptq | bitwright.")],
     max_shard_size: ShardSize = "5GB",  # type: ignore[assignment]
     overwrite: Overwrite = False,
     json: Json = None,

@@ -51,7 +51,8 @@ class Job:
     def compare(self) -> int:
         """The float model runs alongside so many of the batches, evenly spread."""
         options = recipes.solver_options(self.recipe)
-        every = int(options.get("compare", 0)) if options.get("alpha") else 0
+        wanted = options.get("alpha") or options.get("residual")
+        every = int(options.get("compare", 0)) if wanted else 0
         batches = -(-self.recipe.samples // self.batch)
         least = -(-COMPARED_TOKENS // (self.batch * self.recipe.length))
         return min(batches, max(-(-batches // every), least)) if every > 0 else 0
@@ -64,7 +65,7 @@ class Job:
     @property
     def sums(self) -> bool:
         """Whether linears whose outputs are added to the residual stream make up for its error."""
-        return bool(recipes.solver_options(self.recipe).get("residual")) and self.compare > 0
+        return recipes.solver_options(self.recipe).get("residual") != 0 and self.compare > 0
 
     @property
     def mix(self) -> int:
@@ -178,10 +179,10 @@ def open_job(
             f"[awq] {arch.name} has no known norm in front of its linears that could absorb column "
             "scales; rtn and gptq work"
         )
-    tables = [t for t in targets.values() if t.scheme is not None and not t.scheme.plain]
-    if recipe.method.startswith("awq") and tables and tables[0].scheme is not None:
+    others = [t for t in targets.values() if t.scheme is not None and not t.scheme.plain]
+    if recipe.method.startswith("awq") and others and others[0].scheme is not None:
         raise RefusedError(
-            f"[awq] {tables[0].name}: {tables[0].scheme.name} is no plain integer scheme, AWQ's "
+            f"[awq] {others[0].name}: {others[0].scheme.name} is no plain integer scheme, AWQ's "
             "searches want one; rtn and gptq work"
         )
     if not any(target.scheme for target in targets.values()):

@@ -10,7 +10,8 @@ already:
               of solving: 8 k^2 more (factor and R), 16 with AWQ (H of the scaled inputs too), and
               for a matrix of n rows 14 n k (W, W - Q, Q and codes), 18 with AWQ (W scaled). Where
               drift is measured: the float model's share of hidden states and parked inputs, its
-              weights of the block, C beside H, and 4 n k for the target
+              weights of the block, C beside H, 16 n k for what outputs are added to, and 4 n k
+              for the target
     write     the largest tensor twice, as read and as written; a matrix, its codes, its packed form
 
 and a constant for stacks, libraries' scratch space and the heap. `calib.memory` counts activations.
@@ -195,7 +196,7 @@ class _Sizes:
         return total
 
     def disk(self) -> int:
-        """Finished linears (words, float32 scales, byte zeros), and two hidden states while the
+        """Finished linears (words, float32 scales, zeros, steps), and two hidden states while the
         second is written, or one and the output.
         """
         spooled = 0

@@ -43,17 +43,7 @@ def parse(name: str) -> Scheme:
         )
     group = int(match["group"]) if match["group"] else {"channel": 0, "tensor": -1}[match["where"]]
     grid, symmetric = known[match["grid"]], match["asym"] is None
-    if not symmetric and not grid.uniform:
-        raise RefusedError(f"[scheme] {grid.name} is a table without zero points, got {name!r}")
-    if group == -1 and match["scale"] == "e4m3":
-        raise RefusedError(f"[scheme] e4m3 scales want groups or channels, got {name!r}")
     scale = cast(ScaleGrid, match["scale"] or "bf16")
     offset, block = match["asym"] == "-offset", int(match["block"] or 0)
-    if offset and scale in ("e8m0", "e4m3"):
-        raise RefusedError(f"[scheme] offsets want scales of bf16, fp16 or fp32, got {name!r}")
-    if block and (group <= 0 or scale not in ("bf16", "fp16")):
-        raise RefusedError(
-            f"[scheme] two-level scales want groups and steps of bf16 or fp16, got {name!r}"
-        )
     bits = int(match["scale_bits"] or 0)
     return Scheme(grid, group, symmetric, scale, offset=offset, block=block, scale_bits=bits)

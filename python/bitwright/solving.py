@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from bitwright import registry
+from bitwright import ops, registry
 from bitwright.job import Job
 from bitwright.recipe import solver_of, solver_options
 from bitwright.solvers import rtn
-from bitwright.spec import F32, Group, InputError, QTensor, Report, Scheme, Stats, Target, stacked
+from bitwright.spec import F32, Group, InputError, QTensor, Report, Scheme, Stats, Target
 from bitwright.spool import Finished, Spool
 from bitwright.transforms import awq, fold
 
@@ -75,7 +75,7 @@ class BlockSolver:
         self._parts.append(self._round(group, target, W, stats, scales, rows))
         self._prepared = self._scaled = None
         self._seconds += time.perf_counter() - begin
-        q = stacked([part for part, _ in self._parts])
+        q = ops.stacked([part for part, _ in self._parts])
         if rows[1] < len(W):
             solved = Finished(q, self._parts[0][1], scales).dense()
             return {target.linear.name: np.concatenate([solved, W[rows[1] :]])}

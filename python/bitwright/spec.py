@@ -12,12 +12,19 @@ squared output error summed over the outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from bitwright.errors import BitwrightError as BitwrightError
+from bitwright.errors import DiskError as DiskError
+from bitwright.errors import InputError as InputError
+from bitwright.errors import NumericalError as NumericalError
+from bitwright.errors import RefusedError as RefusedError
+from bitwright.errors import VerificationError as VerificationError
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -27,30 +34,6 @@ U32 = npt.NDArray[np.uint32]
 METHODS = ("rtn", "gptq", "awq", "awq+gptq")
 ScaleGrid = Literal["bf16", "fp16", "fp32", "e8m0", "e4m3"]
 SCALE_BITS: Mapping[ScaleGrid, int] = {"bf16": 16, "fp16": 16, "fp32": 32, "e8m0": 8, "e4m3": 8}
-
-
-class BitwrightError(Exception):
-    """Base of every error raised on purpose; its text is one sentence for the user."""
-
-
-class InputError(BitwrightError, ValueError):
-    """The input cannot be used: says what was wanted, what came and where."""
-
-
-class DiskError(InputError):
-    """A file could not be written (disk full, read-only, quota); what is finished stays there."""
-
-
-class RefusedError(BitwrightError, ValueError):
-    """A format or method cannot hold or do what was asked, and says what would work."""
-
-
-class NumericalError(BitwrightError, ArithmeticError):
-    """A computation broke down; the text lists what was tried."""
-
-
-class VerificationError(BitwrightError):
-    """What was written does not read back as what was meant."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +93,19 @@ class Scheme:
     block: int = 0
     scale_bits: int = 0
 
+    def __post_init__(self) -> None:
+        for broken, wanted in (
+            (not self.symmetric and not self.grid.uniform, "no zero points with a table"),
+            (self.scale == "e4m3" and self.group == -1, "groups or channels for e4m3 scales"),
+            (self.offset and self.symmetric, "offsets in asymmetric schemes only"),
+            (self.offset and SCALE_BITS[self.scale] < 16, "bf16, fp16 or fp32 scales with offsets"),
+            (self.block > 0 and self.group <= 0, "groups for two-level scales"),
+            (self.block > 0 and self.scale not in ("bf16", "fp16"), "steps of bf16 or fp16"),
+            (bool(self.block) != (2 <= self.scale_bits <= 8), "a block and 2 to 8 bits for scales"),
+        ):
+            if broken:
+                raise RefusedError(f"[scheme] wanted {wanted}, got {self.name}")
+
     @property
     def bits(self) -> int:
         return self.grid.bits
@@ -154,7 +150,8 @@ class QTensor:
 
     codes: uint8 (n, k). scales: float32 (n, G). zeros: uint8 (n, G), constant where symmetric; or,
     of schemes with offsets, those, float32. Tensor schemes have G = 1 and equal rows. global_scale:
-    "e4m3" scales are stored values divided by it. steps: of two-level schemes, float32 (n, blocks).
+    "e4m3" scales are stored values divided by it. steps: of two-level schemes, float32 (n, blocks),
+    of which scales and offsets are whole multiples.
     """
 
     codes: U8
@@ -183,6 +180,21 @@ class QTensor:
                 f"[QTensor] steps must be {(n, self.scheme.blocks(k))} in {self.scheme.name}, got "
                 f"{steps}"
             )
+        if self.steps is not None:
+            self._require_multiples(self.steps)
+
+    def _require_multiples(self, steps: F32) -> None:
+        blocks = -(-self.scales.shape[1] // self.scheme.block)
+        parts = [(self.scales, steps[:, :blocks])]
+        if self.scheme.offset:
+            parts.append((np.asarray(self.zeros, np.float32), steps[:, blocks:]))
+        for values, units in parts:
+            step = np.repeat(units, self.scheme.block, 1)[:, : values.shape[1]]
+            if not np.array_equal(np.rint(values / step) * step, values):
+                raise InputError(
+                    f"[QTensor] wanted scales and offsets that are multiples of their steps in "
+                    f"{self.scheme.name}, got others"
+                )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -199,19 +211,6 @@ class QTensor:
         if self.scheme.offset:
             return np.asarray(levels * scales - zeros, np.float32)
         return np.asarray((levels - zeros.astype(np.float32)) * scales, np.float32)
-
-
-def stacked(parts: Sequence[QTensor]) -> QTensor:
-    """The rows of several matrices of one scheme, below each other."""
-    if len(parts) == 1:
-        return parts[0]
-    codes, scales, zeros = (
-        np.concatenate([getattr(q, name) for q in parts]) for name in ("codes", "scales", "zeros")
-    )
-    steps = None
-    if parts[0].steps is not None:
-        steps = np.concatenate([q.steps for q in parts if q.steps is not None])
-    return QTensor(codes, scales, zeros, parts[0].scheme, parts[0].global_scale, steps)
 
 
 @dataclass(frozen=True, eq=False)

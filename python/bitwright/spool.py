@@ -1,7 +1,7 @@
 """The work folder: every finished piece is on disk, whole, before the next one starts.
 
     fingerprint.json          what the run depends on; any change is refused, naming old and new
-    value
+                              value
     linears/<name>.safetensors    words, scales, zeros (steps of two-level scales, column_scales
                               where a norm absorbed them), scheme and report in the metadata
     norms/<name>.safetensors  a norm that absorbed column scales: gain, bias, scales

@@ -117,6 +117,10 @@ class StatsCollector:
         if self._C is not None:
             self._C /= self._compared
         if self._D is not None:
+            if not np.isfinite(self._D).all():
+                raise InputError(
+                    "[stats] wanted finite sums that the outputs are added to, got NaN or infinity"
+                )
             self._D /= self._compared
         mean_abs = (self._absolute / (self.tokens * max(self.heads, 1))).astype(np.float32)
         extremes = (self._abs_max, self._minimum, self._maximum)

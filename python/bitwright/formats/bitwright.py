@@ -9,7 +9,8 @@ Below the module path P of a linear (n, k), b bits, G groups in a row:
                     the type of the scale grid
     P.steps         (n, blocks), in that type   two-level schemes only: scales are int8 multiples
                     (uint8 where asymmetric) of the step of their block of groups, offsets uint8
-                    multiples of the steps in the second half of a row
+                    multiples of the steps in the second half of a row; a whole byte each, where
+                    the scheme's bits per weight count scale_bits
     P.global_scale  fp32 (1,)                   e4m3 only: scales are stored values divided by it
     P.shape         int64 (2,)                  n, k
     w = (code - zero) * scale, of a table (fp4, nf4) level[code] * scale, of offset schemes
@@ -89,10 +90,10 @@ def _multiples(scheme: Scheme) -> np.dtype[Any] | None:
     return np.dtype(np.int8 if scheme.symmetric else np.uint8)
 
 
-def _units(q_steps: Array, scheme: Scheme, groups: int, offsets: bool) -> npt.NDArray[np.float32]:
+def _units(steps: Array, scheme: Scheme, groups: int, offsets: bool) -> npt.NDArray[np.float32]:
     """The step of each group's scale (or offset), float32 (n, groups)."""
     blocks = -(-groups // scheme.block)
-    own = q_steps[:, blocks:] if offsets else q_steps[:, :blocks]
+    own = steps[:, blocks:] if offsets else steps[:, :blocks]
     units: npt.NDArray[np.float32] = np.repeat(own, scheme.block, 1)[:, :groups].astype(np.float32)
     return units
 

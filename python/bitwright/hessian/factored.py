@@ -35,7 +35,7 @@ class Factored:
 
 
 def column_order(diagonal: F64, group: int, order: str) -> npt.NDArray[np.int32]:
-    """Columns in solving order: "gar" (see above), "act" (descending diagonal), "natural"."""
+    """Columns in solving order: "gar" (solvers/gptq.py), "act" (descending diagonal), "natural"."""
     k = len(diagonal)
     if order == "natural":
         return np.arange(k, dtype=np.int32)

@@ -1,7 +1,8 @@
 """The target that GPTQ rounds: W and a share of what drifted inputs ask for (docs/solver.md 9).
 
-target = W + alpha (W C + r D) (H + damping)^-1; with alpha "auto" the share of ALPHAS whose target
-has the least |W X_float - target X|^2 on the tokens that are held out, its delta from the others.
+target = W + (alpha W C + r D) (H + damping)^-1. alpha "auto" is the share of ALPHAS whose target, D
+left aside, has the least |W X_float - target X|^2 on the tokens that are held out, its delta from
+the others.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from bitwright.hessian.factored import Factored
 from bitwright.spec import F32, F64, Held, InputError, Stats
 
 ALPHA = 0.5
-RESIDUAL = 0.25
+RESIDUAL = 0.125
+LOW_BITS = {1: 0.25, 2: 0.25}  # r by bits, else RESIDUAL
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -30,12 +32,17 @@ def share_of_drift(alpha: float | str) -> float | None:
 
 @dataclass(frozen=True, eq=False)
 class Drifts:
-    """H, C, what is held out and D of one block of rows."""
+    """H, C, what is held out and r D (None: no part of the target) of one block of rows."""
 
     H: F64
     C: F64
     held: Held | None
-    D: F64 | None = None
+    pull: F64 | None = None
+
+
+def residual_of(residual: float | None, bits: int) -> float:
+    """r where it is not given."""
+    return LOW_BITS.get(bits, RESIDUAL) if residual is None else residual
 
 
 def drifts_of(stats: Stats, H: F64, residual: float) -> list[Drifts | None]:
@@ -52,17 +59,23 @@ def drifts_of(stats: Stats, H: F64, residual: float) -> list[Drifts | None]:
 
 
 def target_of(W: F32, drifts: Drifts, p: Factored, alpha: float | None) -> tuple[F32, float]:
-    """W + alpha (W C + D) (H + damping)^-1, and alpha; None: chosen on the held-out tokens."""
+    """W + (alpha W C + r D) (H + damping)^-1, and alpha; None: chosen on the held-out tokens."""
     share = _chosen_alpha(W, drifts, p) if alpha is None else alpha
-    target = ops.drift(W, drifts.C, p.factor, p.order, drifts.D)
+    if share == 0.0 and drifts.pull is None:
+        return W, share
+    if share == 0.0:
+        nothing = np.zeros_like(W)
+        return W + ops.drift(nothing, drifts.C, p.factor, p.order, drifts.pull), share
+    pull = None if drifts.pull is None else drifts.pull / share
+    target = ops.drift(W, drifts.C, p.factor, p.order, pull)
     target *= np.float32(share)
     target += W
     return target, share
 
 
 def _chosen_alpha(W: F32, d: Drifts, p: Factored) -> float:
-    """The alpha with the least error on the held-out tokens, alpha^2 |delta X|^2 - 2 alpha <W D,
-    delta X> + ..., D = X_float - X; the product is <delta_held, delta> under H + damping."""
+    """The alpha with the least error on the held-out tokens, alpha^2 |delta X|^2 - 2 alpha <W
+    (X_float - X), delta X> + ...; the product is <delta_held, delta> under H + damping."""
     if d.held is None:
         return ALPHA
     fit = (d.C - d.held.share * d.held.C) / (1.0 - d.held.share)

@@ -22,6 +22,7 @@ from bitwright.ops.codes import fit as fit
 from bitwright.ops.codes import global_scale as global_scale
 from bitwright.ops.codes import pack as pack
 from bitwright.ops.codes import qlinear as qlinear
+from bitwright.ops.codes import stacked as stacked
 from bitwright.ops.codes import unpack as unpack
 from bitwright.ops.solve import CLIP_FACTORS as CLIP_FACTORS
 from bitwright.ops.solve import DAMPING_ATTEMPTS as DAMPING_ATTEMPTS

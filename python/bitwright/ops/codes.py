@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -93,7 +94,8 @@ def block_steps(
     W: F32, scheme: Scheme, weight: F32 | None = None, *, search: bool = False
 ) -> F32 | None:
     """Steps float32 (n, blocks) of two-level scales: the largest scale of the block, and STEP_ROOM
-    more, is the largest multiple of it; of offsets likewise. None where scales have one level.
+    more, is the largest multiple of it; of offsets likewise, of no less than that scale. None where
+    scales have one level.
 
     weight, search: how those scales are found, as in `fit`.
     """
@@ -102,7 +104,11 @@ def block_steps(
     k = W.shape[1]
     plain = replace(scheme, scale="fp32", block=0, scale_bits=0)
     scales, zeros = fit(W, plain, weight, search=search)
-    peaks = [np.abs(scales)] + ([np.maximum(zeros, 0.0)] if scheme.offset else [])
+    columns = np.arange(0, k, scheme.columns(k))
+    live = np.maximum.reduceat(np.abs(W), columns, axis=1) > 0  # others have a scale for nothing
+    peaks = [np.abs(scales) * live]
+    if scheme.offset:
+        peaks.append(np.maximum(np.maximum(zeros, 0.0), peaks[0]))
     starts = np.arange(0, scheme.groups(k), scheme.block)
     found = np.hstack([np.maximum.reduceat(values, starts, axis=1) for values in peaks])
     top = (1 << (scheme.scale_bits - scheme.symmetric)) - 1
@@ -143,6 +149,19 @@ def decode(q: QTensor) -> F32:
     W = np.empty(q.shape, np.float32)
     _core.decode(*parts("decode", q), core_grid(q.scheme), W)
     return W
+
+
+def stacked(parts: Sequence[QTensor]) -> QTensor:
+    """The rows of several matrices of one scheme, below each other."""
+    if len(parts) == 1:
+        return parts[0]
+    codes, scales, zeros = (
+        np.concatenate([getattr(q, name) for q in parts]) for name in ("codes", "scales", "zeros")
+    )
+    steps = None
+    if parts[0].steps is not None:
+        steps = np.concatenate([q.steps for q in parts if q.steps is not None])
+    return QTensor(codes, scales, zeros, parts[0].scheme, parts[0].global_scale, steps)
 
 
 def qlinear(X: F32, q: QTensor) -> F32:

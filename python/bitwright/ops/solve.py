@@ -145,10 +145,9 @@ def refine(
     tolerance: float = 1e-4,
 ) -> tuple[QTensor, F64]:
     """`q` with codes (c: coordinate descent) and scales (l: least squares; offsets and the steps of
-    two-level scales with them) revised in the order of
-    `pattern`; each step lowers e (H + damping I) e^T, of which what remains of each row (n,) is
-    returned too. damping: absolute. A row rests after a c that, like its last l, gained no more
-    than `tolerance` of its loss.
+    two-level scales with them) revised in the order of `pattern`; each step lowers e (H + damping
+    I) e^T, of which what remains of each row (n,) is returned too. damping: absolute. A row rests
+    after a c that, like its last l, gained no more than `tolerance` of its loss.
     """
     W, H = matrix("refine", W, np.float32), matrix("refine", H, np.float64)
     n, k = W.shape

@@ -15,9 +15,10 @@ half of it (measured: better than all at 4 and at 2 bits), and "auto" takes of A
 the least |W X_float - (W + alpha delta) X|^2 on the tokens that Stats.held counts apart, delta from
 the others (what the layer wants, not the model: at 2 bits KL .863 against .831 of the half).
 Linears whose outputs are added to the residual stream S make up for a share r, `residual`, of its
-error: W C + r D instead, D = (S_float - S)^T X / tokens (LoaQ, WaterSIC). Measured without and at
-the default .25 (.5 below 3 bits), 32 x 512 tokens, two texts: int4-g64 KL .0588 / .0631 and .0545 /
-.0612, int3-g64-asym .221 / .226 and .196 / .208, int2-g64-asym .767 / .803 and .649 / .690.
+error as well: alpha W C + r D in the place of alpha W C, D = (S_float - S)^T X / tokens (LoaQ,
+WaterSIC). Measured without and at the default 1/8 (1/4 below 3 bits), 32 x 512 tokens, two texts:
+int4-g64 KL .0588 / .0631 and .0545 / .0612, int3-g64-asym .221 / .226 and .196 / .208,
+int2-g64-asym .767 / .803 and .649 / .690; half of it overshoots at 4 bits (.0654 / .0719).
 
 Blocks of rows may have an H (and C) each: v's KV heads, under their attention-mixed inputs. How the
 statistics are taken: `attention` n, v's inputs mixed by every n-th query, 0: plain; `compare` n,
@@ -49,7 +50,14 @@ import numpy as np
 
 from bitwright import ops
 from bitwright.hessian.factored import Factored, factored
-from bitwright.hessian.target import ALPHA, RESIDUAL, Drifts, drifts_of, share_of_drift, target_of
+from bitwright.hessian.target import (
+    ALPHA,
+    Drifts,
+    drifts_of,
+    residual_of,
+    share_of_drift,
+    target_of,
+)
 from bitwright.spec import (
     F32,
     F64,
@@ -59,16 +67,14 @@ from bitwright.spec import (
     Report,
     Scheme,
     Stats,
-    stacked,
 )
 
 NEEDS_H = True
 EFFORTS: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"scales": "hessian", "refine": "", "alpha": 0.0},
-    "default": {"alpha": ALPHA, "residual": RESIDUAL, "attention": 8, "compare": 2},
+    "fast": {"scales": "hessian", "refine": "", "alpha": 0.0, "residual": 0.0},
+    "default": {"alpha": ALPHA, "attention": 8, "compare": 2},
     "max": {
         "alpha": ALPHA,
-        "residual": RESIDUAL,
         "attention": 2,
         "compare": 1,
         "refine": "cccl" + "clc" * 6,
@@ -83,11 +89,11 @@ ORDERS = ("gar", "act", "natural")
 
 
 def effort(name: str, bits: int) -> Mapping[str, Any]:
-    """The options that an effort stands for at so many bits: below 3 the drift is large, more of it
-    can be made up for, and at the default effort too the float model runs alongside every batch."""
-    if name == "fast" or bits >= 3:
-        return EFFORTS[name]
-    return {**EFFORTS[name], "residual": 2 * RESIDUAL, "compare": 1}
+    """The options that an effort stands for at so many bits: below 3, where the drift is large, the
+    float model runs alongside every batch at the default effort too."""
+    if name == "default" and bits < 3:
+        return {**EFFORTS[name], "compare": 1}
+    return EFFORTS[name]
 
 
 def check(options: Mapping[str, Any]) -> None:
@@ -248,7 +254,7 @@ def solve(
     scales: str = "feedback",
     refine: str = PATTERN,
     alpha: float | str = ALPHA,
-    residual: float = RESIDUAL,
+    residual: float | None = None,
     attention: int = 0,  # noqa: ARG001  the statistics were taken with these two
     compare: int = 0,  # noqa: ARG001
     negative: bool = False,
@@ -266,16 +272,19 @@ def solve(
     check({**wishes, "residual": residual})
     share = share_of_drift(alpha)
     o = _Options(order, scales, refine, share, negative, W if whole is None else whole)
-    drifts = drifts_of(stats, H, residual) if alpha else [None] * len(H)
+    pull = residual_of(residual, scheme.bits)
+    drifts = (
+        drifts_of(stats, H, pull) if alpha or (pull and stats.D is not None) else [None] * len(H)
+    )
     rows = len(W) // len(H)
     parts = [
         _solve_rows(W[b * rows : (b + 1) * rows], H[b], drifts[b], p, scheme, o)
         for b, p in enumerate(factors)
     ]
     report = _report(W.shape, parts, factors, stats, scheme)
-    if report.alpha is not None and drifts[0] is not None and drifts[0].D is not None:
-        report = replace(report, residual=residual)
-    return stacked([part.q for part in parts]), report
+    if report.alpha is not None and drifts[0] is not None and drifts[0].pull is not None:
+        report = replace(report, residual=pull)
+    return ops.stacked([part.q for part in parts]), report
 
 
 def _report(

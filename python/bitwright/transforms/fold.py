@@ -56,4 +56,5 @@ def scale_stats(stats: Stats, s: F32) -> Stats:
         stats.maximum * single,
         C,
         held,
+        None if stats.D is None else stats.D * inverse,
     )
