@@ -15,6 +15,7 @@ import torch
 
 from answers import SCHEMES, SOLVERS, TWO, WITH_H, same, solve, sound
 from bitwright import ops, registry, schemes
+from bitwright.hessian.factored import column_order
 from bitwright.matrix import quantize_matrix
 from bitwright.spec import InputError, QTensor, Scheme
 from problems import FUSED, UNIT, hessian, inputs, random_codes, rng, stats, threads, weights
@@ -229,7 +230,7 @@ def test_gptq_options_are_sound_and_better_than_rounding(options: dict[str, str]
 
 def test_gptq_column_orders() -> None:
     """gar: descending inside each group of 3, groups by their largest; ties keep their place."""
-    order = registry.get("solvers", "gptq").column_order
+    order = column_order
     diagonal = np.array([1, 5, 3, 9, 2, 2, 9, 4], np.float64)
     assert order(diagonal, 3, "gar").tolist() == [3, 4, 5, 6, 7, 1, 2, 0]
     assert order(diagonal, 3, "act").tolist() == [3, 6, 1, 7, 2, 4, 5, 0]
