@@ -162,11 +162,23 @@ def test_a_hub_id_keeps_its_name(tmp_path, monkeypatch):
     assert "base_model: org/name" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_missing_extra_is_one_sentence():
+@pytest.mark.parametrize("missing", ["transformers", "torch"])
+def test_a_missing_extra_is_one_sentence(missing):
+    """When a command needs it; help does not."""
     code = (
-        "import sys; sys.modules['transformers'] = None\nfrom bitwright.launch import main; main()"
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "from bitwright.launch import main; sys.argv[1:] = sys.argv[2:]; main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert 'pip install "bitwright[hf]"' in done.stderr
-    assert "Traceback" not in done.stderr
+    for arguments in (["plan", str(embedded_model())], ["--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "-", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr
+        if arguments == ["--help"]:
+            assert done.returncode == 0
+        else:
+            assert done.returncode != 0
+            assert f'{missing} is missing: pip install "bitwright[hf]"' in done.stderr
