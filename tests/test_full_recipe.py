@@ -97,6 +97,8 @@ def test_the_residual_makes_up_for_what_the_outputs_are_added_to(name: str) -> N
     nothing = dataclasses.replace(known, C=np.zeros_like(known.C))
     same = gptq.solve(W, nothing, s, alpha=1.0, residual=1.0)[0]
     assert np.array_equal(alone.codes, same.codes)
+    tiny = gptq.solve(W, known, s, alpha=1e-30, residual=1.0)[0]
+    assert np.array_equal(tiny.codes, alone.codes)
     for residual in (0.0, 0.5, 1.0):
         q, report = gptq.solve(W, known, s, alpha=1.0, residual=residual)
         errors.append(np.sum((X_float @ W.T + change - X @ q.dequantize().T) ** 2))

@@ -61,14 +61,7 @@ def drifts_of(stats: Stats, H: F64, residual: float) -> list[Drifts | None]:
 def target_of(W: F32, drifts: Drifts, p: Factored, alpha: float | None) -> tuple[F32, float]:
     """W + (alpha W C + r D) (H + damping)^-1, and alpha; None: chosen on the held-out tokens."""
     share = _chosen_alpha(W, drifts, p) if alpha is None else alpha
-    if share == 0.0 and drifts.pull is None:
-        return W, share
-    if share == 0.0:
-        nothing = np.zeros_like(W)
-        return W + ops.drift(nothing, drifts.C, p.factor, p.order, drifts.pull), share
-    pull = None if drifts.pull is None else drifts.pull / share
-    target = ops.drift(W, drifts.C, p.factor, p.order, pull)
-    target *= np.float32(share)
+    target = ops.drift(np.float32(share) * W, drifts.C, p.factor, p.order, drifts.pull)
     target += W
     return target, share
 

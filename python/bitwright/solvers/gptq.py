@@ -22,7 +22,8 @@ int2-g64-asym .767 / .803 and .649 / .690; half of it overshoots at 4 bits (.065
 
 Blocks of rows may have an H (and C) each: v's KV heads, under their attention-mixed inputs. How the
 statistics are taken: `attention` n, v's inputs mixed by every n-th query, 0: plain; `compare` n,
-the float model runs alongside every n-th batch, though at least 32768 tokens, 0: not at all.
+the float model runs alongside every n-th batch, though at least 32768 tokens, 0: not at all (nor
+where alpha is 0 and residual is not given).
 
 Scales. "feedback" (6.3): for each row and group the candidate with the least loss after the group's
 own feedback, 25 scales around the range of the group's targets, zero points z0 and beside it.
