@@ -25,19 +25,6 @@ from bitwright.spec import InputError, RefusedError
 from captures import Keeper, plain, quantize, rounded, same, skeleton, swap_in
 
 
-@pytest.fixture(scope="module", params=tiny_models.CONFIGS)
-def case(request):
-    model = tiny_models.make(request.param)
-    arch = archs.find(model.config.to_dict())
-    return model, arch
-
-
-@pytest.fixture
-def llama():
-    model = tiny_models.make("llama")
-    return model, archs.find(model.config.to_dict())
-
-
 def test_blocks_and_head_equal_the_models_own_forward(case):
     model, arch = case
     ids = tiny_models.batches()

@@ -9,23 +9,9 @@ import pytest
 import torch
 
 import tiny_models
-from bitwright import archs
 from bitwright.calib import attention, capture
 from bitwright.calib.discover import discover
 from captures import plain, quantize, rounded, same, skeleton, swap_in
-
-
-@pytest.fixture(scope="module", params=tiny_models.CONFIGS)
-def case(request):
-    model = tiny_models.make(request.param)
-    arch = archs.find(model.config.to_dict())
-    return model, arch
-
-
-@pytest.fixture
-def llama():
-    model = tiny_models.make("llama")
-    return model, archs.find(model.config.to_dict())
 
 
 @pytest.mark.parametrize("rerun", [False, True])
