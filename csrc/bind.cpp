@@ -47,6 +47,7 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("isa", [] { return std::string(table().isa); });
   m.def("levels", &levels);
+  m.def("multiplies_bf16", [] { return table().tile_bf16 != nullptr; });
   m.def("threads", [] { return thread_count().load(); });
   m.def("set_threads", [](int n) { thread_count().store(n); }, arg("n"));
 
@@ -59,10 +60,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("decode", &decode, as_is("codes"), as_is("scales"), as_is("zeros"), arg("group"),
         arg("grid"), as_is("w"), Free());
   m.def("gram_f32", &gram_f32, as_is("x"), as_is("h"), Free());
-  m.def("gram_u16", &gram_u16, as_is("x"), arg("bf16"), as_is("h"), Free());
+  m.def("gram_u16", &gram_u16, as_is("x"), arg("bf16"), arg("pairs"), as_is("h"), Free());
   m.def("cross_f32", &cross_f32, as_is("before"), as_is("after"), as_is("x"), as_is("c"), Free());
   m.def("cross_u16", &cross_u16, as_is("before"), as_is("after"), as_is("x"), arg("bf16"),
-        as_is("c"), Free());
+        arg("pairs"), as_is("c"), Free());
   m.def("mirror", &mirror, as_is("h"), Free());
   m.def("column_stats_f32", &column_stats_f32, as_is("x"), as_is("absolute"), as_is("abs_max"),
         as_is("minimum"), as_is("maximum"), Free());

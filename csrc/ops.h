@@ -56,18 +56,18 @@ void decode(In<std::uint8_t> codes, In<float> scales, In<float> zeros, Index gro
             const Grid& grid, Out<float> w);
 
 // H += X^T X over the rows of X (t, k): float32 products and sums over 512 rows, double above.
-// Only the upper triangle is kept up; mirror() completes it. u16: bf16 or fp16 words. Where the
-// machine has a product of bf16 pairs (level avx512bf16), bf16 words use it: the products are exact
-// all the same, the order and rounding of their sums is the instruction's.
+// Only the upper triangle is kept up; mirror() completes it. u16: bf16 or fp16 words. pairs: bf16
+// words by the machine's own product of pairs, where multiplies_bf16(): the products are exact all
+// the same, the order and rounding of their sums is the instruction's.
 void gram_f32(In<float> x, Out<double> h);
-void gram_u16(In<std::uint16_t> x, bool bf16, Out<double> h);
+void gram_u16(In<std::uint16_t> x, bool bf16, bool pairs, Out<double> h);
 void mirror(Out<double> h);
 // C (h, k) += (before - after)^T X, all of it, in the same precision (bf16 pairs: of the
 // difference, too): how what was `before` (t, h) changed to `after`, as far as X (t, k) tells. With
 // after = X, how the inputs drifted.
 void cross_f32(In<float> before, In<float> after, In<float> x, Out<double> c);
 void cross_u16(In<std::uint16_t> before, In<std::uint16_t> after, In<std::uint16_t> x, bool bf16,
-               Out<double> c);
+               bool pairs, Out<double> c);
 // Per column of X: absolute += sum |x|; abs_max, minimum, maximum are widened.
 void column_stats_f32(In<float> x, OutVec<double> absolute, OutVec<float> abs_max,
                       OutVec<float> minimum, OutVec<float> maximum);

@@ -17,7 +17,7 @@ import pytest
 
 import ref
 from bitwright import ops
-from bitwright.spec import NumericalError, QTensor, Scheme
+from bitwright.spec import InputError, NumericalError, QTensor, Scheme
 from problems import (
     DOUBLE,
     FUSED,
@@ -167,7 +167,9 @@ def test_twin_gram_and_mirror(t: int, k: int, dtype: Any) -> None:
     """Equal bits, but where bf16 pairs are multiplied as such; and the chain is within (chunk) u
     sum|x x'| + chunks 2^-53 of the exact sum."""
     X, H = inputs(t, k).astype(dtype), np.triu(hessian(k))
-    want = gram(X, H, FUSED)
+    want, wide = gram(X, H, FUSED), H.copy()
+    ops.gram(X, wide, "float32")
+    np.testing.assert_array_equal(np.triu(wide), np.triu(want))
     ops.gram(X, H)
     if not in_pairs(dtype):
         np.testing.assert_array_equal(np.triu(H), np.triu(want))
@@ -177,6 +179,25 @@ def test_twin_gram_and_mirror(t: int, k: int, dtype: Any) -> None:
     wide = X.astype(np.float64)
     limit = min(t, 512) * UNIT * (np.abs(wide).T @ np.abs(wide)) + (t // 512 + 2) * DOUBLE * abs(H)
     assert np.all(np.abs(H - mirror(np.triu(hessian(k))) - wide.T @ wide) <= 2 * limit)
+
+
+def test_products_of_bf16_pairs_are_for_bf16_where_the_machine_has_them() -> None:
+    X, H = inputs(40, 8), np.zeros((8, 8))
+    for dtype in DTYPES:
+        words = X.astype(dtype)
+        if in_pairs(dtype):
+            assert ops.products_of(dtype) == "bfloat16"
+            first, second = np.zeros((2, 8, 8))
+            ops.gram(words, first), ops.gram(words, second, "bfloat16")
+            np.testing.assert_array_equal(first, second)
+            continue
+        assert ops.products_of(dtype) == "float32"
+        with pytest.raises(InputError, match=r"^\[sums\] wanted products of float32 or bfloat16"):
+            ops.gram(words, H, "bfloat16")
+        with pytest.raises(InputError, match=r"got 'bfloat16', .* and \w+"):
+            ops.cross(words, words, H, products="bfloat16")
+    with pytest.raises(InputError, match="got 'float16'"):
+        ops.gram(X, H, "float16")
 
 
 def test_gram_over_chunks_is_gram_of_all() -> None:
@@ -318,6 +339,9 @@ def test_twin_cross(t: int, k: int, dtype: Any) -> None:
         C = rng("cross", t, k).normal(size=(h or k, k))
         want, start = cross(before, X, C, FUSED, after), C.copy()
         ops.cross(before, X, C, after)
+        wide = start.copy()
+        ops.cross(before, X, wide, after, "float32")
+        assert_equal([wide], [want])
         if not in_pairs(dtype):
             assert_equal([C], [want])
         b = X.astype(np.float64)

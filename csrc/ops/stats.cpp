@@ -141,25 +141,32 @@ void add_products(const Change<T>* change, In<T> x, bool bf16, Out<double> h) {
   }
 }
 
+struct Words {
+  bool bf16, pairs;
+};
+
 template <class T>
-void products(const Change<T>* change, In<T> x, bool bf16, Out<double> h) {
+void products(const char* op, const Change<T>* change, In<T> x, Words words, Out<double> h) {
+  const bool bf16 = words.bf16;
   if constexpr (std::is_same_v<T, std::uint16_t>) {
-    if (bf16 && table().tile_bf16 != nullptr)
-      return add_products<Pairs, std::uint16_t>(change, x, bf16, h);
+    require(!words.pairs || (bf16 && table().tile_bf16 != nullptr), "[", op,
+            "] wanted bf16 words and an instruction set with products of bf16 pairs, got ",
+            bf16 ? "bf16" : "fp16", " and ", table().isa);
+    if (words.pairs) return add_products<Pairs, std::uint16_t>(change, x, bf16, h);
   }
   add_products<Floats, T>(change, x, bf16, h);
 }
 
 template <class T>
-void gram(In<T> x, bool bf16, Out<double> h) {
+void gram(In<T> x, Words words, Out<double> h) {
   const Index k = x.cols();
   require(h.rows() == k && h.cols() == k, "[gram] H must be ", k, " x ", k, " to match X (",
           x.rows(), " x ", k, "), got ", h.rows(), " x ", h.cols());
-  products<T>(nullptr, x, bf16, h);
+  products<T>("gram", nullptr, x, words, h);
 }
 
 template <class T>
-void cross(In<T> before, In<T> after, In<T> x, bool bf16, Out<double> c) {
+void cross(In<T> before, In<T> after, In<T> x, Words words, Out<double> c) {
   const Index t = x.rows(), h = before.cols();
   require(before.rows() == t && after.rows() == t && after.cols() == h, "[cross] before and after ",
           "must be ", t, " x ", h, ", got ", before.rows(), " x ", before.cols(), " and ",
@@ -168,7 +175,7 @@ void cross(In<T> before, In<T> after, In<T> x, bool bf16, Out<double> c) {
           " to match the change (", t, " x ", h, ") and X (", t, " x ", x.cols(), "), got ",
           c.rows(), " x ", c.cols());
   const Change<T> change{before, after};
-  products<T>(&change, x, bf16, c);
+  products<T>("cross", &change, x, words, c);
 }
 
 template <class T>
@@ -196,14 +203,16 @@ void column_stats(In<T> x, bool bf16, OutVec<double> absolute, OutVec<float> abs
 }  // namespace
 
 void cross_f32(In<float> before, In<float> after, In<float> x, Out<double> c) {
-  cross<float>(before, after, x, false, c);
+  cross<float>(before, after, x, {}, c);
 }
 void cross_u16(In<std::uint16_t> before, In<std::uint16_t> after, In<std::uint16_t> x, bool bf16,
-               Out<double> c) {
-  cross<std::uint16_t>(before, after, x, bf16, c);
+               bool pairs, Out<double> c) {
+  cross<std::uint16_t>(before, after, x, {bf16, pairs}, c);
 }
-void gram_f32(In<float> x, Out<double> h) { gram<float>(x, false, h); }
-void gram_u16(In<std::uint16_t> x, bool bf16, Out<double> h) { gram<std::uint16_t>(x, bf16, h); }
+void gram_f32(In<float> x, Out<double> h) { gram<float>(x, {}, h); }
+void gram_u16(In<std::uint16_t> x, bool bf16, bool pairs, Out<double> h) {
+  gram<std::uint16_t>(x, {bf16, pairs}, h);
+}
 
 void mirror(Out<double> h) {
   require(h.rows() == h.cols(), "[mirror] H must be square, got ", h.rows(), " x ", h.cols());

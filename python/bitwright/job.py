@@ -73,6 +73,14 @@ class Job:
         return int(recipes.solver_options(self.recipe).get("attention", 0))
 
     @property
+    def gram_dtype(self) -> str:
+        """What bf16 inputs are multiplied in; InputError for a wish that the forward or the machine
+        does not allow."""
+        wish = recipes.solver_options(self.recipe).get("gram_dtype", "auto")
+        dtype = ops.BFLOAT16 if self.dtype == "bfloat16" else np.dtype(np.float32)
+        return ops.products_of(dtype, None if wish == "auto" else wish)
+
+    @property
     def format(self) -> ModuleType:
         return registry.get("formats", self.recipe.format)
 
@@ -185,6 +193,8 @@ def open_job(
             f"[awq] {others[0].name}: {others[0].scheme.name} is no plain integer scheme, AWQ's "
             "searches want one; rtn and gptq work"
         )
+    if recipe.method != "rtn":
+        _ = job.gram_dtype
     if not any(target.scheme for target in targets.values()):
         raise RefusedError("[job] wanted at least one linear to quantize, the overrides skip all")
     reason = job.format.refuse(tuple(targets.values()), arch)

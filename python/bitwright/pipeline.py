@@ -174,7 +174,8 @@ class _Collector:
     """
 
     def __init__(self, run: _Run, k: int, heads: int) -> None:
-        self.run, self.sums = run, StatsCollector(k, heads, hold=run.job.hold)
+        self.run = run
+        self.sums = StatsCollector(k, heads, hold=run.job.hold, products=run.job.gram_dtype)
 
     def update(self, x: Any, drift_from: Any = None, stream: Any = None) -> None:
         self.run.clock.timed("statistics", self.sums.update)(x, drift_from, stream)
@@ -204,6 +205,7 @@ def _report(job: Job, run: _Run, tokens: Tokens | None, begin: float) -> RunRepo
         isa=ops.isa(),
         threads=job.threads,
         dtype=job.dtype,
+        gram_dtype="" if tokens is None else job.gram_dtype,
         seconds={**run.clock.seconds, "total": time.perf_counter() - begin},
         peak_rss=plan.resident_bytes(peak=True),
     )
@@ -258,7 +260,11 @@ def quantize(
     job = open_job(source, recipe, dtype=dtype, threads=threads)
     spool = Spool(out.with_name(f"{out.name}.work") if work is None else work)
     fresh = work is None and not spool.folder.exists()
-    with _threads(job.threads), _leaving_nothing(spool.folder if fresh else None):
+    with (
+        _threads(job.threads),
+        precision.products(job.dtype),
+        _leaving_nothing(spool.folder if fresh else None),
+    ):
         tokens = _tokens(job, calibration)
         spool.start(fingerprint(job, None if tokens is None else tokens.ids))
         run = _Run(job, spool, progress, plan.make_for(job, memory).rerun)

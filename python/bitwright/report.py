@@ -19,7 +19,8 @@ MEASURED = ("seconds", "peak_rss")  # differ from run to run
 @dataclass(frozen=True)
 class RunReport:
     """A finished run. linears: one Report each, in the order solved. seconds: by phase. peak_rss:
-    bytes. evaluation: scores against the original, once somebody has asked for them."""
+    bytes. dtype, gram_dtype: of the forward, and of the products in the Gram sums (ops.sums).
+    evaluation: scores against the original, once somebody has asked for them."""
 
     base: str
     recipe: Recipe
@@ -33,6 +34,7 @@ class RunReport:
     isa: str = ""
     threads: int = 0
     dtype: str = ""
+    gram_dtype: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_rss: int = 0
     evaluation: Mapping[str, Any] = field(default_factory=dict)

@@ -26,11 +26,20 @@ class StatsCollector:
     here and in the model that `drift_from` came from, each (..., h); their D is kept too. heads: x
     is (heads, ..., k), and each head has its own H and C. finish(): the Stats; InputError when no
     token came or a value was NaN or infinite. hessian=False: column statistics only. hold: the
-    second half of each update with `drift_from` is counted apart too (`Stats.held`).
+    second half of each update with `drift_from` is counted apart too (`Stats.held`). products: of
+    bfloat16 inputs, "float32" or "bfloat16" (ops.sums); None: the latter where the machine has it.
     """
 
-    def __init__(self, k: int, heads: int = 0, *, hessian: bool = True, hold: bool = False) -> None:
-        self.k, self.heads, self.hold, self.tokens = k, heads, hold, 0
+    def __init__(
+        self,
+        k: int,
+        heads: int = 0,
+        *,
+        hessian: bool = True,
+        hold: bool = False,
+        products: str | None = None,
+    ) -> None:
+        self.k, self.heads, self.hold, self.products, self.tokens = k, heads, hold, products, 0
         self._H = np.zeros(self._shape) if hessian else None
         self._C: F64 | None = None
         self._D: F64 | None = None
@@ -88,15 +97,15 @@ class StatsCollector:
         after, before = (s.reshape(len(X), -1) for s in (after, before))
         if self._D is None:
             self._D = np.zeros((after.shape[1], self.k))
-        ops.cross(before, X, self._D, after)
+        ops.cross(before, X, self._D, after, self.products)
 
     def _add(
         self, X: npt.NDArray[Any], before: npt.NDArray[Any] | None, H: F64, C: F64 | None
     ) -> None:
         for head in range(len(X)):
-            ops.gram(X[head], self._of(H, head))
+            ops.gram(X[head], self._of(H, head), self.products)
             if before is not None and C is not None:
-                ops.cross(before[head], X[head], self._of(C, head))
+                ops.cross(before[head], X[head], self._of(C, head), products=self.products)
 
     def _of(self, matrices: F64, head: int) -> F64:
         one: F64 = matrices[head] if self.heads else matrices

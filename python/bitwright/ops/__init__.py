@@ -40,11 +40,13 @@ from bitwright.ops.sums import cross as cross
 from bitwright.ops.sums import energy as energy
 from bitwright.ops.sums import gram as gram
 from bitwright.ops.sums import mirror as mirror
+from bitwright.ops.sums import products_of as products_of
 from bitwright.ops.sums import quadratic as quadratic
 from bitwright.ops.sums import relative_error as relative_error
 from bitwright.ops.threads import available_cpus as available_cpus
 from bitwright.ops.threads import isa as isa
 from bitwright.ops.threads import levels as levels
+from bitwright.ops.threads import multiplies_bf16 as multiplies_bf16
 from bitwright.ops.threads import resolve_threads as resolve_threads
 from bitwright.ops.threads import set_threads as set_threads
 from bitwright.ops.threads import threads as threads

@@ -1,4 +1,9 @@
-"""Sums over tokens and over errors."""
+"""Sums over tokens and over errors.
+
+products: how bf16 inputs are multiplied. "float32": widened, one multiply-add chain, the same bits
+at every instruction set. "bfloat16": by the machine's own product of pairs; products are exact in
+float32 all the same, the sums round in another order. None: "bfloat16" where the machine has it.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +17,31 @@ from bitwright.ops.arrays import BFLOAT16, floats, in_place, matrix
 from bitwright.ops.codes import decode
 from bitwright.spec import F32, F64, InputError, QTensor
 
+PRODUCTS = ("float32", "bfloat16")
 
-def gram(X: npt.NDArray[Any], H: F64) -> None:
+
+def products_of(dtype: npt.DTypeLike, wish: str | None = None) -> str:
+    """What `products` = wish comes to for inputs of a dtype; InputError where it cannot be had."""
+    possible = dtype == BFLOAT16 and _core.multiplies_bf16()
+    if wish not in (None, *PRODUCTS) or (wish == "bfloat16" and not possible):
+        raise InputError(
+            f"[sums] wanted products of {' or '.join(PRODUCTS)} (the latter for bfloat16 inputs on "
+            f"a machine that multiplies them), got {wish!r}, {np.dtype(dtype)} and {_core.isa()}"
+        )
+    return wish or ("bfloat16" if possible else "float32")
+
+
+def gram(X: npt.NDArray[Any], H: F64, products: str | None = None) -> None:
     """H += X^T X in place, upper triangle only (see `mirror`). X (t, k): float32, float16,
-    bfloat16.
+    bfloat16. products: see above.
     """
     X = floats("gram", X)
     H = in_place("gram", H, np.float64, (X.shape[1], X.shape[1]))
+    pairs = products_of(X.dtype, products) == "bfloat16"
     if X.dtype == np.float32:
         _core.gram_f32(X, H)
     else:
-        _core.gram_u16(X.view(np.uint16), X.dtype == BFLOAT16, H)
+        _core.gram_u16(X.view(np.uint16), X.dtype == BFLOAT16, pairs, H)
 
 
 def cross(
@@ -30,9 +49,10 @@ def cross(
     X: npt.NDArray[Any],
     C: F64,
     after: npt.NDArray[Any] | None = None,
+    products: str | None = None,
 ) -> None:
     """C += (before - after)^T X in place, C (h, k); before and after (t, h), X (t, k) of one dtype,
-    as for `gram`. after: None for X, how the inputs drifted."""
+    as for `gram`. after: None for X, how the inputs drifted. products: see above."""
     before, X = floats("cross", before), floats("cross", X)
     after = X if after is None else floats("cross", after)
     if not before.dtype == after.dtype == X.dtype:
@@ -40,11 +60,12 @@ def cross(
             f"[cross] wanted inputs of one dtype, got {before.dtype}, {after.dtype} and {X.dtype}"
         )
     C = in_place("cross", C, np.float64, (before.shape[1], X.shape[1]))
+    pairs = products_of(X.dtype, products) == "bfloat16"
     if X.dtype == np.float32:
         _core.cross_f32(before, after, X, C)
     else:
         words = before.view(np.uint16), after.view(np.uint16), X.view(np.uint16)
-        _core.cross_u16(*words, X.dtype == BFLOAT16, C)
+        _core.cross_u16(*words, X.dtype == BFLOAT16, pairs, C)
 
 
 def mirror(H: F64) -> None:

@@ -11,6 +11,7 @@ from bitwright.spec import InputError
 
 isa = _core.isa
 levels = _core.levels
+multiplies_bf16 = _core.multiplies_bf16
 threads = _core.threads
 
 

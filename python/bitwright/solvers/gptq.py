@@ -23,7 +23,8 @@ int2-g64-asym .767 / .803 and .649 / .690; half of it overshoots at 4 bits (.065
 Blocks of rows may have an H (and C) each: v's KV heads, under their attention-mixed inputs. How the
 statistics are taken: `attention` n, v's inputs mixed by every n-th query, 0: plain; `compare` n,
 the float model runs alongside every n-th batch, though at least 32768 tokens, 0: not at all (nor
-where alpha is 0 and residual is not given).
+where alpha is 0 and residual is not given). `gram_dtype`: what bfloat16 inputs are multiplied in,
+"float32" or "bfloat16", by the machine's own product of pairs; "auto": the latter where it has one.
 
 Scales. "feedback" (6.3): for each row and group the candidate with the least loss after the group's
 own feedback, 25 scales around the range of the group's targets, zero points z0 and beside it.
@@ -87,6 +88,7 @@ ZERO_SPAN = {1: 2, 2: 2}  # zero points tried beside z0, by bits, else 1
 PATTERN = "ccclclc"
 SCALES = ("feedback", "hessian", "mse", "minmax")
 ORDERS = ("gar", "act", "natural")
+GRAM_DTYPES = ("auto", "float32", "bfloat16")
 
 
 def effort(name: str, bits: int) -> Mapping[str, Any]:
@@ -99,7 +101,7 @@ def effort(name: str, bits: int) -> Mapping[str, Any]:
 
 def check(options: Mapping[str, Any]) -> None:
     """InputError for an option that `solve`, or who takes the statistics for it, could not use."""
-    for name, known in (("scales", SCALES), ("order", ORDERS)):
+    for name, known in (("scales", SCALES), ("order", ORDERS), ("gram_dtype", GRAM_DTYPES)):
         value = options.get(name, known[0])
         if value not in known:
             listed = f"{', '.join(known[:-1])} or {known[-1]}"
@@ -256,8 +258,9 @@ def solve(
     refine: str = PATTERN,
     alpha: float | str = ALPHA,
     residual: float | None = None,
-    attention: int = 0,  # noqa: ARG001  the statistics were taken with these two
+    attention: int = 0,  # noqa: ARG001  the statistics were taken with these three
     compare: int = 0,  # noqa: ARG001
+    gram_dtype: str = "auto",  # noqa: ARG001
     negative: bool = False,
     whole: F32 | None = None,
 ) -> tuple[QTensor, Report]:
