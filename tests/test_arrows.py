@@ -37,7 +37,7 @@ ARROWS = {
     "spool": {"spec", "schemes", "ops", "files"},
     "export": {"spec", "ops", "files", "progress"},
     "job": RESULT | {"calib"},
-    "fingerprint": {"ops", "job"},
+    "fingerprint": {"ops", "calib", "job"},
     "solving": {"spec", "ops", "registry", "recipe", "solvers", "transforms", "job", "spool"},
     "plan": {"spec", "ops", "calib", "job", "recipe", "solvers"},
     "evaluate": {"spec", "registry", "files", "formats", "calib", "progress"},

@@ -1,4 +1,4 @@
-"""What is multiplied in what: the Gram sums of bf16 inputs."""
+"""What is multiplied in what: the forward's float32 products, and the Gram sums of bf16 inputs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,48 @@ import pytest
 import torch
 
 from bitwright import module, ops
+from bitwright.calib import precision
 from bitwright.calib.stats import StatsCollector
 from bitwright.demo import embedded_model
 from bitwright.spec import InputError
 from problems import inputs
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    precision.choice.cache_clear()
+    yield
+    precision.choice.cache_clear()
+
+
+@pytest.mark.parametrize(("error", "inside"), [(9e-7, "medium"), (2e-6, "highest")])
+def test_the_setting_is_chosen_by_its_error_and_restored(monkeypatch, error, inside):
+    monkeypatch.setattr(precision, "_error", lambda: error)
+    assert torch.get_float32_matmul_precision() == "highest"
+    with precision.products("float32"):
+        assert torch.get_float32_matmul_precision() == inside
+    with pytest.raises(ZeroDivisionError), precision.products("float32"):
+        _ = 1 / 0
+    with precision.products("bfloat16"):
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_chosen_setting_multiplies_in_float32():
+    """At other shapes than the probe's, an error of float32 sums and not of bf16 products."""
+    X, W = torch.from_numpy(inputs(700, 300)), torch.from_numpy(inputs(90, 300, 1))
+    with precision.products("float32"):
+        found = torch.nn.functional.linear(X, W)
+    size = X.abs().double() @ W.abs().double().T
+    assert ((found - X.double() @ W.double().T).abs() / size).max() <= precision.LIMIT
+
+
+def test_the_probe_tells_bf16_products(monkeypatch):
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x, W: linear(x.bfloat16(), W.bfloat16()).float()
+    )
+    assert precision._error() > 10 * precision.LIMIT
 
 
 def test_the_dtype_of_gram_products_is_an_option_and_recorded(tmp_path):

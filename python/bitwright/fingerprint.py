@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright import ops
+from bitwright.calib import precision
 from bitwright.job import Job
 
 
@@ -38,6 +39,7 @@ def fingerprint(job: Job, ids: npt.NDArray[np.int64] | None) -> Mapping[str, str
         "transformers": version("transformers"),
         "isa": ops.isa(),
         "dtype": job.dtype,
+        "matmul": precision.choice(job.dtype) or "as set",
         "threads": str(job.threads),
         "batch": str(job.batch),
         "config": _file(job.checkpoint.path / "config.json"),

@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 
 from bitwright import export, ops, papers, plan
+from bitwright.calib import precision
 from bitwright.calib.capture import Capture, Streams
 from bitwright.calib.data import Tokens, are_ids, collect, load_tokenizer, require_file
 from bitwright.calib.memory import trim
