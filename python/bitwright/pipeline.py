@@ -106,11 +106,19 @@ class _Run:
         self.progress.start((skeleton.count - first) * steps, "capture and solve")
         for block in range(first, skeleton.count):
             self.steps = steps
+            self._announce(block + 1)
             hidden = self._block(capture, block, hidden)
             self.step(self.steps)
             if block + 1 < skeleton.count:
                 self.clock.timed("save", self._save)(block + 1, hidden)
         self.notes += capture.notes
+
+    def _announce(self, block: int) -> None:
+        """The block's weights come from the disk while the one before is computed."""
+        skeleton = self.job.skeleton
+        if block < skeleton.count:
+            names = skeleton.under(skeleton.path(block))
+            self.job.checkpoint.announce({skeleton.sources[name] for name in names})
 
     def _save(self, block: int, hidden: list[Streams]) -> None:
         self.spool.save_hidden(block, asarrays([h for streams in hidden for h in streams]))
@@ -259,12 +267,13 @@ def quantize(
     export.check_destination(out, overwrite)
     recipe = _sized(recipe, calibration)
     job = open_job(source, recipe, dtype=dtype, threads=threads)
-    spool = Spool(out.with_name(f"{out.name}.work") if work is None else work)
-    fresh = work is None and not spool.folder.exists()
+    folder = out.with_name(f"{out.name}.work") if work is None else work
+    fresh = work is None and not folder.exists()
     with (
         _threads(job.threads),
         precision.products(job.dtype),
-        _leaving_nothing(spool.folder if fresh else None),
+        _leaving_nothing(folder if fresh else None),
+        Spool(folder) as spool,
     ):
         tokens = _tokens(job, calibration)
         spool.start(fingerprint(job, None if tokens is None else tokens.ids))
@@ -279,7 +288,7 @@ def quantize(
             report.raise_if_strict()
         report = _write(job, run, report, out, max_shard_size, progress, begin)
     if work is None:
-        shutil.rmtree(spool.folder)
+        shutil.rmtree(folder)
     return report
 
 

@@ -1,4 +1,8 @@
-"""The work folder: every finished piece is on disk, whole, before the next one starts.
+"""The work folder: every finished piece goes to disk, whole, while the next one is computed.
+
+Its bytes are handed to the system at once; a thread waits for the disk and lets the file appear,
+in the order in which pieces were finished. The next is handed over when the one before is there: a
+run that is killed loses at most the piece in work and the one before it.
 
     fingerprint.json          what the run depends on; any change is refused, naming old and new
                               value
@@ -14,7 +18,8 @@ taken as it is; because each piece is a function of the fingerprint, the end is 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,10 +47,32 @@ class Finished:
 
 
 class Spool:
-    """Reads and writes a work folder."""
+    """Reads and writes a work folder. As a context manager it ends with everything on disk; what
+    could not be written raises DiskError at the next piece, at a look at one, or at the end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._writer = ThreadPoolExecutor(1, "bitwright-spool")
+        self._written: Future[None] | None = None
+        self._name = ""
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._writer.shutdown()
+        if kind is None:
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits until all that was finished is on disk."""
+        before, self._written, self._name = self._written, None, ""
+        if before is not None:
+            before.result()
+
+    def _finish(self, appear: Callable[[], None], name: str = "") -> None:
+        self.settle()
+        self._written, self._name = self._writer.submit(appear), name
 
     def start(self, fingerprint: Mapping[str, str]) -> None:
         """Makes the folder, or checks that it was made for the same run; InputError if not."""
@@ -105,10 +132,11 @@ class Spool:
             "columns": str(q.shape[1]),
             "report": json.dumps(done.report.to_dict()),
         }
-        safetensors.save(self._linear(name), arrays, metadata)
+        self._finish(safetensors.stage(self._linear(name), arrays, metadata), name)
 
     def load(self, name: str) -> Finished | None:
         """The finished linear of that name, None if there is none yet."""
+        self.settle()
         path = self._linear(name)
         if not path.exists():
             return None
@@ -127,19 +155,21 @@ class Spool:
 
     def report(self, name: str) -> Report:
         """The report alone, without reading the codes."""
+        self.settle()
         fields = json.loads(safetensors.SafetensorsFile(self._linear(name)).metadata["report"])
         fields.update(shape=tuple(fields["shape"]), notes=tuple(fields["notes"]))
         return Report(**fields)
 
     def has(self, name: str) -> bool:
-        return self._linear(name).exists()
+        return name == self._name or self._linear(name).exists()
 
     def save_norm(self, name: str, arrays: Mapping[str, npt.NDArray[Any]], exponent: float) -> None:
         path = self.folder / "norms" / f"{name}.safetensors"
-        safetensors.save(path, dict(arrays), {"exponent": repr(exponent)})
+        self._finish(safetensors.stage(path, dict(arrays), {"exponent": repr(exponent)}))
 
     def norm(self, name: str) -> tuple[dict[str, npt.NDArray[Any]], float] | None:
         """Gain, scales and maybe bias of a rescaled norm, and the exponent; None if plain."""
+        self.settle()
         path = self.folder / "norms" / f"{name}.safetensors"
         if not path.exists():
             return None
@@ -149,15 +179,21 @@ class Spool:
     def save_hidden(self, block: int, batches: Sequence[npt.NDArray[Any]]) -> None:
         """The inputs of block `block`; those of earlier blocks are dropped once these are there."""
         arrays = {f"{i:05d}": batch for i, batch in enumerate(batches)}
-        safetensors.save(self.folder / f"hidden-{block:05d}.safetensors", arrays, {})
-        for path in self._hidden()[:-1]:
-            path.unlink()
+        appear = safetensors.stage(self.folder / f"hidden-{block:05d}.safetensors", arrays, {})
+
+        def replace_older() -> None:
+            appear()
+            for path in self._hidden()[:-1]:
+                path.unlink()
+
+        self._finish(replace_older)
 
     def _hidden(self) -> list[Path]:
         return sorted(self.folder.glob("hidden-?????.safetensors"))
 
     def hidden(self) -> tuple[int, list[npt.NDArray[Any]]] | None:
         """The newest saved block index and its inputs, None if there are none."""
+        self.settle()
         found = self._hidden()
         if not found:
             return None
@@ -168,6 +204,7 @@ class Spool:
 
     def bytes(self) -> int:
         """What the folder takes on disk."""
+        self.settle()
         return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,14 @@ class Checkpoint:
     def total_bytes(self) -> int:
         """Bytes of all weight files."""
         return sum(file.stat().st_size for file in self.files)
+
+    def announce(self, names: Iterable[str]) -> None:
+        """Tensors that are read soon: the system may fetch them from the disk meanwhile."""
+        homes: dict[SafetensorsFile, list[str]] = {}
+        for name in names:
+            homes.setdefault(self._home[name], []).append(name)
+        for file, inside in homes.items():
+            file.announce(inside)
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """A tensor in memory of its own."""

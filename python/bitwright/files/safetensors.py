@@ -14,9 +14,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,6 +79,15 @@ class SafetensorsFile:
         self.metadata = _metadata(path, header.pop("__metadata__", {}))
         self.entries = {name: _entry(path, name, fields, start) for name, fields in header.items()}
         _check_tiling(path, self.entries, start, size)
+
+    def announce(self, names: Iterable[str]) -> None:
+        """Tells the system that these tensors are read soon, where it can be told: it fetches them
+        from the disk meanwhile."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with self.path.open("rb") as file:
+            for entry in (self.entries[name] for name in names):
+                os.posix_fadvise(file.fileno(), entry.begin, entry.nbytes, os.POSIX_FADV_WILLNEED)
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """The tensor of that name, in memory of its own."""
@@ -180,22 +190,34 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     """A file that appears at `path` complete, synced and by rename, or not at all.
 
     InputError when the disk does not take it (full, read-only, quota)."""
+    with _part(path) as part, part.open("wb") as file:
+        yield file
+    _appear(path)
+
+
+@contextmanager
+def _part(path: Path) -> Iterator[Path]:
+    """What becomes `path`; removed where that fails."""
     part = path.with_name(f"{path.name}.part")
     try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise DiskError(f"[write] could not write {path}: {error.strerror or error}") from error
-    finally:
+        yield part
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            said = f"[write] could not write {path}: {error.strerror or error}"
+            raise DiskError(said) from error
+        raise
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _appear(path: Path) -> None:
+    with _part(path) as part:
+        _sync(part, os.O_RDWR)
+        part.replace(path)
+        _sync(path.parent, os.O_RDONLY)
+
+
+def _sync(path: Path, mode: int) -> None:
+    descriptor = os.open(path, mode)
     try:
         os.fsync(descriptor)
     finally:
@@ -209,23 +231,42 @@ def write(
     metadata: Mapping[str, str],
 ) -> None:
     """Writes the tensors of `layout` in its order; each is asked for once and held alone."""
-    header = _encode(layout, metadata)
     with atomic(path) as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for name, (dtype, shape) in layout.items():
-            array = np.asarray(produce(name), order="C")
-            if array.dtype != dtype or array.shape != tuple(shape):
-                raise InputError(
-                    f"[safetensors] wanted {name} as {dtype} {tuple(shape)}, "
-                    f"got {array.dtype} {array.shape}"
-                )
-            file.write(array.reshape(-1).view(np.uint8).data)
+        _fill(file, layout, produce, metadata)
+
+
+def _fill(
+    file: BinaryIO,
+    layout: Layout,
+    produce: Callable[[str], npt.NDArray[Any]],
+    metadata: Mapping[str, str],
+) -> None:
+    header = _encode(layout, metadata)
+    file.write(len(header).to_bytes(8, "little") + header)
+    for name, (dtype, shape) in layout.items():
+        array = np.asarray(produce(name), order="C")
+        if array.dtype != dtype or array.shape != tuple(shape):
+            raise InputError(
+                f"[safetensors] wanted {name} as {dtype} {tuple(shape)}, "
+                f"got {array.dtype} {array.shape}"
+            )
+        file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def save(path: Path, arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> None:
     """Writes arrays that are already in memory."""
+    stage(path, arrays, metadata)()
+
+
+def stage(
+    path: Path, arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]
+) -> Callable[[], None]:
+    """Writes arrays beside `path` and returns what syncs them and lets them appear there: the half
+    that waits for the disk and needs the arrays no more, on whatever thread."""
     layout = {name: (array.dtype, array.shape) for name, array in arrays.items()}
-    write(path, layout, arrays.__getitem__, metadata)
+    with _part(path) as part, part.open("wb") as file:
+        _fill(file, layout, arrays.__getitem__, metadata)
+    return partial(_appear, path)
 
 
 def write_text(path: Path, text: str) -> None:
