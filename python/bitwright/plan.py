@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bitwright import ops
+from bitwright import cgroup, ops
 from bitwright.calib.memory import parked_bytes, trim, working_bytes
 from bitwright.job import Job, open_job
 from bitwright.recipe import solver_of, solver_options
@@ -87,18 +87,16 @@ def resident_bytes(peak: bool = False) -> int:
 
 
 def free_bytes() -> int:
-    """Memory that can be taken now: MemAvailable, less where the cgroup (v2) allows less."""
+    """Memory that can be taken now: MemAvailable, less where the control groups allow less."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) << 10
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, int(limit) - used) if limit.isdigit() else free
     except OSError:
         pass
-    return free
+    allowed = cgroup.memory()
+    return free if allowed is None else min(free, allowed)
 
 
 class _Sizes:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 
-from bitwright import _core
+from bitwright import _core, cgroup
 from bitwright.spec import InputError
 
 isa = _core.isa
@@ -16,15 +15,11 @@ threads = _core.threads
 
 
 def available_cpus() -> int:
-    """CPUs this process may use: its affinity mask, less where a cgroup (v2) allows less."""
+    """CPUs this process may use: its affinity mask, less where its control groups allow less."""
     affinity = getattr(os, "sched_getaffinity", None)
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cpus = min(cpus, max(1, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):
-        pass
-    return cpus
+    allowed = cgroup.cpus()
+    return cpus if allowed is None else min(cpus, max(1, math.ceil(allowed)))
 
 
 def resolve_threads(n: int | None = None) -> int:
