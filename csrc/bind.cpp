@@ -87,4 +87,8 @@ PYBIND11_MODULE(_core, m) {
         as_is("scales"), as_is("zeros"), Free());
   m.def("qlinear", &qlinear, as_is("x"), as_is("codes"), as_is("scales"), as_is("zeros"),
         arg("group"), as_is("y"), Free());
+  m.def("chain_f32", &chain_f32, arg("rounds"), arg("a"), arg("b"), as_is("x"), Free());
+  m.def("chain_f64", &chain_f64, arg("rounds"), arg("a"), arg("b"), as_is("x"), Free());
+  m.def("chain_bf16", &chain_bf16, arg("rounds"), arg("a"), arg("b"), as_is("x"), Free());
+  m.def("word_sum", &word_sum, as_is("x"), as_is("sums"), Free());
 }

@@ -24,6 +24,9 @@ from bitwright.ops.codes import pack as pack
 from bitwright.ops.codes import qlinear as qlinear
 from bitwright.ops.codes import stacked as stacked
 from bitwright.ops.codes import unpack as unpack
+from bitwright.ops.probe import CHAINS as CHAINS
+from bitwright.ops.probe import chain as chain
+from bitwright.ops.probe import word_sum as word_sum
 from bitwright.ops.solve import CLIP_FACTORS as CLIP_FACTORS
 from bitwright.ops.solve import DAMPING_ATTEMPTS as DAMPING_ATTEMPTS
 from bitwright.ops.solve import FEEDBACK_FACTORS as FEEDBACK_FACTORS
