@@ -102,4 +102,8 @@ PYBIND11_MODULE(_core, m) {
         as_is("y"), Free());
   m.def("linear_u16", &linear_u16, as_is("x"), arg("weights"), arg("fast"), arg("per_token"),
         as_is("y"), Free());
+  m.def("chain_f32", &chain_f32, arg("rounds"), arg("a"), arg("b"), as_is("x"), Free());
+  m.def("chain_f64", &chain_f64, arg("rounds"), arg("a"), arg("b"), as_is("x"), Free());
+  m.def("chain_bf16", &chain_bf16, arg("rounds"), arg("a"), arg("b"), as_is("x"), Free());
+  m.def("word_sum", &word_sum, as_is("x"), as_is("sums"), Free());
 }

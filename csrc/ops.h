@@ -148,4 +148,13 @@ void linear_f32(In<float> x, const std::vector<const Packed*>& weights, bool fas
 void linear_u16(In<std::uint16_t> x, const std::vector<const Packed*>& weights, bool fast,
                 bool per_token, OutVec<std::uint16_t> y);
 
+// What the machine can do at most, measured by `bitwright bench`. x = x a + b, `rounds` times in
+// registers for each element, 2 operations each; of bf16 pairs x = x + a b + a b with a and b
+// rounded to bf16, 4 operations (refused where the level has no such product). Columns are a
+// multiple of 1536 bytes. sums (r): of each row's words modulo 2^64, one read of x.
+void chain_f32(Index rounds, double a, double b, Out<float> x);
+void chain_f64(Index rounds, double a, double b, Out<double> x);
+void chain_bf16(Index rounds, double a, double b, Out<float> x);
+void word_sum(In<std::uint64_t> x, OutVec<std::uint64_t> sums);
+
 }  // namespace bitwright
