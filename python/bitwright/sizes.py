@@ -13,14 +13,14 @@ n k, P matrices H (v's KV heads; else 1):
     sums      8 P k^2 (H); where drift is measured 8 P k^2 (C), as much of both again where tokens
               are held out, and 8 n k (D) where outputs are added to the residual stream
     factor    4 P k^2 (R, kept) and 4 k^2 (half of it in float64)
-    target    2 k^2 (half of R as slices), 16 n k (W, its share, the product, the target); then C
-              and D are gone, where no other matrix asks for them
+    target    2 k^2 (half of R as slices), 12 n k (W, its share, the target); then C and D are
+              gone, where no other matrix asks for them
     sweep     2 k^2, 9 n k (W, target, codes)
     refine    4 k^2 (H in float32), 10 n k
     errors    18 n k (W, target, Q, E, codes)
 
 so plain GPTQ takes 16 k^2 (k = 14336: 3.3 GB, k = 28672: 13.2 GB) and the default effort 24 k^2
-and 8 n k in the factorisation, or 22 k^2 + 24 n k at the target. AWQ keeps H of the scaled inputs
+and 8 n k in the factorisation, or 22 k^2 + 20 n k at the target. AWQ keeps H of the scaled inputs
 beside H: 8 P k^2 more, and 4 n k.
 """
 
@@ -109,9 +109,11 @@ class Sizes:
         working = working_bytes(arch, self.shape, self.batch, self.item) + self._scores()
         found = {}
         for group in arch.groups:
-            held = int(self.streams * parked[group.linears[0].name])
-            held += self.weights() + (self.stream if rerun else 0)
-            found[group.label] = held + max(self._summing(group) + working, self._solving(group))
+            there = int(self.streams * parked[group.linears[0].name])
+            held = self.weights() + (self.stream if rerun else there)
+            arriving = working + (there if rerun else 0)  # and gone when the group is solved
+            most = max(self._summing(group) + arriving, self._solving(group))
+            found[group.label] = held + most
         return found
 
     def block(self, rerun: bool) -> int:
@@ -163,7 +165,7 @@ class Sizes:
         factor = 4 * k2 if solver_of(recipe.method) == "gptq" else 0
         R = P * factor
         left = 0 if drift and len(group.linears) == 1 else others
-        target = 2 * k2 + 16 * nk if drift else 0
+        target = 2 * k2 + 12 * nk if drift else 0
         refine = 4 * k2 + 10 * nk if options.get("refine", "c") else 0
         after = max(2 * k2 + 9 * nk, (18 if drift else 13) * nk, refine)
         return H + dense + nk4 + max(others + R + max(factor, target), left + R + after)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,11 @@ TILE = 64  # tokens of random answers, repeated
 def best(work: Callable[[], Any]) -> float:
     """Seconds of the fastest of a few runs, a first one apart."""
     work()
-    fastest, end = float("inf"), time.perf_counter() + PATIENCE
+    fastest, end = float("inf"), perf_counter() + PATIENCE
     while True:
-        begin = time.perf_counter()
+        begin = perf_counter()
         work()
-        now = time.perf_counter()
+        now = perf_counter()
         fastest = min(fastest, now - begin)
         if now > end:
             return fastest
@@ -71,7 +71,7 @@ def _answered(
 
     def answer(name: str, n: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x: torch.Tensor) -> torch.Tensor:
-            reached.setdefault(name, time.perf_counter())
+            reached.setdefault(name, perf_counter())
             shape = (*x.shape[:-1], n)
             if shape not in ready:
                 tokens = x.numel() // x.shape[-1]
@@ -107,9 +107,9 @@ def rest_of_block(
             def run() -> None:
                 nonlocal fastest, at
                 reached.clear()
-                begin = time.perf_counter()
+                begin = perf_counter()
                 first(block(hidden, *call.args, **call.kwargs))
-                spent = time.perf_counter() - begin
+                spent = perf_counter() - begin
                 if spent < fastest:
                     fastest, at = spent, {name: then - begin for name, then in reached.items()}
 
@@ -188,11 +188,11 @@ def disk() -> tuple[float, float]:
     """Seconds per byte written and synced, and read back."""
     content = bytes(DISK)
     with tempfile.TemporaryFile() as file:
-        begin = time.perf_counter()
+        begin = perf_counter()
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-        written = time.perf_counter() - begin
+        written = perf_counter() - begin
 
         def read() -> None:
             file.seek(0)
