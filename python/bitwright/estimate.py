@@ -100,7 +100,7 @@ class Estimate:
             tokens = int(min(self.sizes.batch, max(128, PRODUCTS / (n * k) // 16 * 16)))
             x, W = torch.ones(tokens, k, dtype=self.dtype), torch.ones(n, k, dtype=self.dtype)
             with torch.inference_mode():
-                self._linears[n, k] = trial.best(lambda: nn.functional.linear(x, W)) / tokens
+                self._linears[n, k] = trial.typical(lambda: nn.functional.linear(x, W)) / tokens
         return self._linears[n, k]
 
     def _mixing(self) -> float:
@@ -115,7 +115,7 @@ class Estimate:
         x = torch.randn(1, length, self.sizes.hidden, dtype=self.dtype)
         call = attention.Call(nn.Module(), query, key, key, None, {})
         with torch.inference_mode():
-            return fewer * trial.best(lambda: attention.mix(call, x, every * fewer, kv))
+            return fewer * trial.typical(lambda: attention.mix(call, x, every * fewer, kv))
 
     # sums
 
@@ -153,7 +153,7 @@ class Estimate:
             given: tuple[Any, ...] = (x,)
             if compared:
                 given = (x, before, stream if rows else None)
-            self._sums[key] = larger * trial.best(lambda: sums.update(*given)) / tokens
+            self._sums[key] = larger * trial.typical(lambda: sums.update(*given)) / tokens
         return self._sums[key]
 
     # solve
@@ -212,8 +212,11 @@ class Estimate:
         blocks = sizes.tokens > 0
         total, output, spooled = job.checkpoint.total_bytes, sizes.output(), sizes.spooled()
         hidden = sizes.stream * job.skeleton.count if blocks else 0
+        look, turn = trial.checking()
+        weights = sum(math.prod(t.shape) for t in job.targets.values() if t.scheme is not None)
+        again = look * 2 * (total - inside) + turn * 3 * weights
         return {
             "read": read * (total + inside + (total if blocks else 0)),
-            "save": write * (spooled + hidden),
-            "write": write * output + read * (total - inside + 2 * output + 2 * spooled),
+            "save": write * (spooled + hidden) + turn * weights / 2,
+            "write": write * output + read * (total - inside + 2 * output + 2 * spooled) + again,
         }

@@ -15,9 +15,9 @@ n k, P matrices H (v's KV heads; else 1):
     factor    4 P k^2 (R, kept) and 4 k^2 (half of it in float64)
     target    2 k^2 (half of R as slices), 12 n k (W, its share, the target); then C and D are
               gone, where no other matrix asks for them
-    sweep     2 k^2, 9 n k (W, target, codes)
+    sweep     2 k^2, 9 n k (W, target, codes); without a target 5
     refine    4 k^2 (H in float32), 10 n k
-    errors    18 n k (W, target, Q, E, codes)
+    errors    18 n k (W, target, Q, E, codes); without a target 13
 
 so plain GPTQ takes 16 k^2 (k = 14336: 3.3 GB, k = 28672: 13.2 GB) and the default effort 24 k^2
 and 8 n k in the factorisation, or 22 k^2 + 20 n k at the target. AWQ keeps H of the scaled inputs
@@ -167,7 +167,7 @@ class Sizes:
         left = 0 if drift and len(group.linears) == 1 else others
         target = 2 * k2 + 12 * nk if drift else 0
         refine = 4 * k2 + 10 * nk if options.get("refine", "c") else 0
-        after = max(2 * k2 + 9 * nk, (18 if drift else 13) * nk, refine)
+        after = max(2 * k2 + (9 if drift else 5) * nk, (18 if drift else 13) * nk, refine)
         return H + dense + nk4 + max(others + R + max(factor, target), left + R + after)
 
     def rounding(self) -> int:
