@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "bitwright"
 LOW = {"spec", "registry", "files", "progress"}
 RESULT = LOW | {"ops", "schemes", "recipe", "formats", "archs"}
-TORCH = {"calib", "pipeline", "module", "evaluate", "plan"}
+TORCH = {"calib", "pipeline", "module", "evaluate", "plan", "estimate", "trial", "pool"}
 
 # room -> rooms it may import; a room is a module or a package directly under bitwright.
 ARROWS = {
@@ -32,7 +32,8 @@ ARROWS = {
     "formats": {"spec", "registry", "schemes", "ops", "files", "archs"},
     "matrix": {"spec", "registry", "schemes", "ops"},
     "calib": {"spec", "ops", "files"},
-    "report": {"spec"},
+    "clock": set(),
+    "report": {"spec", "clock"},
     "card": {"report"},
     "papers": {"spec", "registry", "files", "export", "report", "card"},
     "spool": {"spec", "schemes", "ops", "files"},
@@ -40,12 +41,17 @@ ARROWS = {
     "job": RESULT | {"calib"},
     "fingerprint": {"ops", "calib", "job"},
     "solving": {"spec", "ops", "registry", "recipe", "solvers", "transforms", "job", "spool"},
-    "plan": {"spec", "ops", "cgroup", "calib", "job", "recipe", "solvers"},
+    "sizes": {"spec", "recipe", "calib", "job"},
+    "pool": {"ops"},
+    "trial": {"spec", "ops", "calib"},
+    "estimate": {"spec", "registry", "recipe", "calib", "transforms", "job", "sizes", "trial"},
+    "plan": {"spec", "cgroup", "files", "calib", "job", "sizes", "estimate", "pool"},
     "evaluate": {"spec", "registry", "files", "formats", "calib", "progress"},
     "inspection": {"spec", "registry", "files", "formats", "report", "papers"},
     "conversion": RESULT | {"calib", "job", "report", "export", "papers"},
     "pipeline": RESULT
-    | {"calib", "export", "plan", "fingerprint", "job", "papers", "report", "solving", "spool"},
+    | {"calib", "clock", "export", "plan", "fingerprint", "job", "papers", "pool", "report"}
+    | {"solving", "spool"},
     "module": RESULT | {"calib", "export", "pipeline", "plan", "report"},
 }
 FREE = {

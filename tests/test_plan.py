@@ -2,14 +2,78 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from itertools import count
+
 import pytest
+import transformers
 
 import tiny_models
-from bitwright import plan
+from bitwright import plan, trial
 from bitwright import recipe as recipes
 from bitwright.demo import embedded_model
-from bitwright.job import open_job
-from bitwright.spec import Override, Recipe
+from bitwright.job import open_job, outline_job
+from bitwright.sizes import Sizes
+from bitwright.spec import InputError, Override, Recipe, RefusedError
+
+LLAMA3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}
+QWEN3_4B = {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+}
+PHI35_MINI = {
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32064,
+    "max_position_embeddings": 131072,
+    "pad_token_id": 32000,
+}
+SHAPES = {
+    "LlamaConfig": (LLAMA3_8B, 8.03e9),
+    "Qwen3Config": (QWEN3_4B, 4.02e9),
+    "Phi3Config": (PHI35_MINI, 3.82e9),
+}
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    """A machine that does not waver: a second passes at each look at the clock."""
+    ticks = count()
+    monkeypatch.setattr(trial, "perf_counter", lambda: float(next(ticks)))
+
+
+@pytest.fixture(autouse=True)
+def untimed(request, monkeypatch):
+    """Nothing is measured but by a test that wants a steady machine."""
+    if "steady" not in request.fixturenames:
+        monkeypatch.setattr(plan.Estimate, "seconds", lambda _: {"forward": 1.0})
+
+
+def config(kind, options, folder):
+    """A config.json of a transformers config class, without weights."""
+    made = getattr(transformers, kind)(**options, dtype="bfloat16")
+    made.architectures = [kind.replace("Config", "ForCausalLM")]
+    made.save_pretrained(folder)
+    return folder / "config.json"
 
 
 def make(source=None, memory=None, **wishes):
@@ -37,12 +101,15 @@ def test_no_weight_is_read(monkeypatch):
     assert make().tokens == 128 * 512
 
 
-def test_more_tokens_need_more(monkeypatch):
-    monkeypatch.setattr(plan, "_rate", lambda *_: 1e11)  # of a machine that does not waver
-    few, many = make(samples=8), make(samples=512)
+@pytest.mark.usefixtures("steady")
+def test_more_tokens_need_more():
+    few, many = make(samples=8, effort="fast"), make(samples=512, effort="fast")
     assert few.ram["block"] < many.ram["block"]
     assert few.disk_bytes < many.disk_bytes
-    assert few.seconds < many.seconds
+    for phase in ("forward", "statistics"):
+        assert many.parts[phase] == pytest.approx(64 * few.parts[phase])
+    assert many.parts["solve"] == few.parts["solve"]
+    assert many.seconds == pytest.approx(sum(many.parts.values()))
     assert make(method="rtn").tokens == 0
     assert make(method="rtn").ram_bytes < few.ram_bytes
 
@@ -99,3 +166,99 @@ def test_batches_of_the_float_model(samples, wish, batches):
     recipe = recipes.from_dict({"samples": samples, "length": 512, **wish})
     job = open_job(embedded_model(), recipe)
     assert (job.batch, job.compare) == (8, batches)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "phi3", "gemma3", "gpt2", "opt-350m"])
+def test_a_config_alone_plans_as_its_checkpoint(tmp_path, name):
+    base = tiny_models.save(tiny_models.make(name), tmp_path / "base")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "config.json").write_bytes((base / "config.json").read_bytes())
+    wishes = {"scheme": "int4-g16", "samples": 4, "length": 16}
+    wishes |= {"format": "gptq"} if name == "gpt2" else {}
+    known = make(base, **wishes)
+    for source in (alone, alone / "config.json"):
+        told = make(source, **wishes)
+        same = replace(told, ram_base=known.ram_base, ram_bytes=known.ram_bytes)
+        assert same == known
+        assert told.ram_bytes - told.ram_base == known.ram_bytes - known.ram_base
+
+
+def test_a_config_under_another_name_and_of_another_dtype(tmp_path):
+    path = config("LlamaConfig", tiny_models.COMMON, tmp_path).rename(tmp_path / "tiny.json")
+    short = make(path, scheme="int4-g16", length=16)
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({**told, "dtype": "float32"}))
+    assert make(path, scheme="int4-g16", length=16).output_bytes > short.output_bytes
+    told.pop("dtype")
+    path.write_text(json.dumps(told))
+    assert make(path, scheme="int4-g16", length=16).output_bytes == short.output_bytes
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ("{", InputError, "could not read"),
+        ("[]", InputError, "wanted a JSON object"),
+        ("{}", InputError, "that transformers knows"),
+        ('{"model_type": "llama", "dtype": "int8"}', InputError, "as dtype of"),
+        ('{"model_type": "vit"}', InputError, "that transformers can build"),
+        (
+            '{"model_type": "llama", "quantization_config": {"quant_method": "x"}}',
+            InputError,
+            "already quantized",
+        ),
+        ('{"model_type": "llama", "num_hidden_layers": 0}', RefusedError, "list of decoder layers"),
+    ],
+)
+def test_a_config_that_is_none_is_told_in_one_sentence(tmp_path, content, error, message):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(error, match=message) as told:
+        make(path)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_models_that_nobody_has_here(tmp_path, kind):
+    """All weights of the published sizes, none of them made; every group has its bytes."""
+    options, weights = SHAPES[kind]
+    job = outline_job(config(kind, options, tmp_path), Recipe(length=2048), dtype="bfloat16")
+    assert job.checkpoint.total_bytes / 2 == pytest.approx(weights, rel=0.005)
+    stages = Sizes(job).stages(rerun=True)
+    largest = 2 * options["vocab_size"] * options["hidden_size"]
+    assert stages["write"] == pytest.approx(max(2 * largest, Sizes(job).rounding()))
+    assert set(Sizes(job).groups(rerun=True)) == {group.label for group in job.arch.groups}
+    assert all(slot.meta.is_meta for slot in job.skeleton.slots.values())
+
+
+@pytest.mark.parametrize(
+    ("effort", "most"),
+    [("fast", 6.5e9), ("default", 9.9e9)],  # 7 and 10.5 GB, less 0.5 of Python and the libraries
+)
+def test_what_eight_billion_weights_need(tmp_path, effort, most):
+    path = config("LlamaConfig", LLAMA3_8B, tmp_path)
+    recipe = recipes.from_dict({"effort": effort, "samples": 128, "length": 2048})
+    sizes = Sizes(outline_job(path, recipe, dtype="bfloat16"))
+    stages = sizes.stages(rerun=True)
+    k, n = 14336, 4096
+    H = 16 * k**2 if effort == "fast" else 22 * k**2 + 20 * n * k
+    hidden = int(sizes.streams * 128 * 2048 * 4096 * 2)
+    assert stages["block"] == H + hidden + sizes.weights()
+    assert max(stages.values()) < most
+
+
+@pytest.mark.usefixtures("steady")
+def test_wider_is_longer(tmp_path):
+    """A forward is per layer; a factor k^3, a row k^2 at most, beyond what is measured."""
+    path = config("LlamaConfig", {**LLAMA3_8B, "num_hidden_layers": 2}, tmp_path)
+    job = outline_job(path, Recipe(effort="fast", samples=2, length=32), dtype="float32")
+    estimate = plan.Estimate(job, Sizes(job), rerun=False)
+    problem = trial.Solved(1.0, 0.5, 0.25)
+    estimate._tried = lambda k, *_: problem if k == 2048 else trial.Solved(0.1, 0.1, 0.125 * 0.75)
+    down = next(t for t in job.targets.values() if "down" in t.name)
+    group = job.arch.groups[-1]
+    found, larger = estimate._solved(group, down), 14336 / 2048
+    assert (found.factor, found.once) == (larger**3, 0.5 * larger**2)
+    steep = 2 * (0.25 - 0.1875)
+    assert found.row == pytest.approx(larger * (0.25 - steep) + larger**2 * steep)

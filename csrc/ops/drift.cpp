@@ -3,6 +3,9 @@
 // upper triangular is the sweep without rounding: a starts as y, e_j = -a_j / U_jj, a_i += e_j
 // U_ji, x = -e. The first one, v R^T = W C, becomes one by reversing the columns. Each result is
 // one multiply-add chain over ascending columns: slices and threads change no bit.
+//
+// Memory beside the arguments: half of R as slices (2 k^2 bytes), a part of C's columns, and a
+// panel per thread; what is between the steps lies in delta.
 #include <vector>
 
 #include "core/parallel.h"
@@ -13,7 +16,8 @@ namespace bitwright {
 
 namespace {
 
-constexpr Index kBlock = 48;  // a multiple of every mr
+constexpr Index kBlock = 48;     // a multiple of every mr
+constexpr Index kColumns = 768;  // of C that are left operands at a time
 
 // An upper triangular matrix as the tiles read it, and the diagonal blocks of its slices.
 class Triangle {
@@ -59,26 +63,30 @@ class Triangle {
   Buffer<float> diagonal_;
 };
 
-// work = W C + D, columns in descending solving order.
-void product(In<float> w, In<double> c, In<double> d, InVec<std::int32_t> order,
-             Buffer<float>& work) {
-  const Index k = w.cols(), nr = table().nr_f32;
-  const LeftSlices cross(
-      k, k, [&](Index p, Index i) { return static_cast<float>(c(p, order[k - 1 - i])); });
-  const Index mr = cross.mr();
-  parallel_for(ceil_div(w.rows(), nr), [&](Index panel) {
-    Buffer<float> in(k * nr), tile(mr * nr);
-    load_panel(w, panel * nr, 0, k, in.get());
-    for (Index s = 0; s < cross.slices(); ++s) {
-      std::memset(tile.get(), 0, static_cast<std::size_t>(mr * nr) * sizeof(float));
-      table().tile_f32(k, cross.slice(s), mr, in.get(), tile.get(), nr);
-      const Index first = s * mr, columns = std::min(mr, k - first);
-      for (Index i = 0; i < columns && d.size() > 0; ++i)
-        for (Index lane = 0; lane < std::min(nr, d.rows() - panel * nr); ++lane)
-          tile[i * nr + lane] += static_cast<float>(d(panel * nr + lane, order[k - 1 - first - i]));
-      std::copy(tile.get(), tile + columns * nr, work + (panel * k + first) * nr);
-    }
-  });
+// delta = W C + D, columns in solving order.
+void product(In<float> w, In<double> c, In<double> d, InVec<std::int32_t> order, Out<float> delta) {
+  const Index n = w.rows(), k = w.cols(), nr = table().nr_f32, mr = table().mr_f32;
+  for (Index begin = 0; begin < k; begin += kColumns) {
+    const LeftSlices cross(k, std::min(kColumns, k - begin), [&](Index p, Index i) {
+      return static_cast<float>(c(p, order[begin + i]));
+    });
+    parallel_for(ceil_div(n, nr), [&](Index panel) {
+      Buffer<float> in(k * nr), tile(mr * nr);
+      load_panel(w, panel * nr, 0, k, in.get());
+      for (Index s = 0; s < cross.slices(); ++s) {
+        std::memset(tile.get(), 0, static_cast<std::size_t>(mr * nr) * sizeof(float));
+        table().tile_f32(k, cross.slice(s), mr, in.get(), tile.get(), nr);
+        const Index first = begin + s * mr, columns = std::min(mr, k - first);
+        for (Index lane = 0; lane < std::min(nr, n - panel * nr); ++lane)
+          for (Index i = 0; i < columns; ++i) {
+            const Index row = panel * nr + lane;
+            const float sum = tile[i * nr + lane];
+            delta(row, first + i) =
+                d.size() > 0 ? sum + static_cast<float>(d(row, order[first + i])) : sum;
+          }
+      }
+    });
+  }
 }
 
 }  // namespace
@@ -100,21 +108,24 @@ void drift(In<float> w, In<double> c, In<double> d, In<float> r, InVec<std::int3
   require_finite("drift", "R", r);
   for (Index i = 0; i < k; ++i)
     require(r(i, i) > 0.0F, "[drift] R must have a positive diagonal, got ", r(i, i), " at ", i);
-  Buffer<float> work(panels * k * nr);
-  product(w, c, d, order, work);
-  {
-    const Triangle turned(k, [&](Index p, Index i) { return r(k - 1 - i, k - 1 - p); });
-    parallel_for(panels, [&](Index panel) { turned.solve(work + panel * k * nr); });
-  }
-  const Triangle straight(k, [&](Index p, Index i) { return r(p, i); });
-  parallel_for(panels, [&](Index panel) {
-    Buffer<float> x(k * nr);
-    const float* v = work + panel * k * nr;
-    for (Index i = 0; i < k; ++i)
-      for (Index lane = 0; lane < nr; ++lane) x[i * nr + lane] = -v[(k - 1 - i) * nr + lane];
-    straight.solve(x.get());
-    for (Index lane = 0; lane < std::min(nr, n - panel * nr); ++lane)
-      for (Index i = 0; i < k; ++i) delta(panel * nr + lane, order[i]) = -x[i * nr + lane];
+  product(w, c, d, order, delta);
+  const auto solve = [&](const Triangle& u, bool reversed) {
+    parallel_for(panels, [&](Index panel) {
+      const Index first = panel * nr, rows = std::min(nr, n - first);
+      Buffer<float> x(k * nr, rows < nr);
+      const auto column = [&](Index i) { return reversed ? k - 1 - i : i; };
+      for (Index lane = 0; lane < rows; ++lane)
+        for (Index i = 0; i < k; ++i) x[i * nr + lane] = delta(first + lane, column(i));
+      u.solve(x.get());
+      for (Index lane = 0; lane < rows; ++lane)
+        for (Index i = 0; i < k; ++i) delta(first + lane, column(i)) = -x[i * nr + lane];
+    });
+  };
+  solve(Triangle(k, [&](Index p, Index i) { return r(k - 1 - i, k - 1 - p); }), true);
+  solve(Triangle(k, [&](Index p, Index i) { return r(p, i); }), false);
+  parallel_for(n, [&](Index row) {
+    std::vector<float> ordered(delta.row(row).begin(), delta.row(row).end());
+    for (Index i = 0; i < k; ++i) delta(row, order[i]) = ordered[static_cast<std::size_t>(i)];
   });
 }
 

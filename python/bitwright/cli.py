@@ -148,6 +148,7 @@ Work = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished result of ours.")]
 Json = Annotated[str | None, typer.Option("--json", help="Also as JSON to this file; -: stdout.")]
+Profile = Annotated[bool, typer.Option("--profile", help="Where each block's time went.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no tables.")]
 
 
@@ -201,6 +202,7 @@ def quantize(
     memory: Memory = None,
     max_shard_size: ShardSize = "5GB",  # type: ignore[assignment]
     overwrite: Overwrite = False,
+    profile: Profile = False,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -233,6 +235,8 @@ def quantize(
             progress=bars,
         )
     written = checkpoint.Checkpoint(out)
+    if profile:
+        show.profile(printer, report)
     show.report(printer, report, out, written.total_bytes)
     printer.json(report.to_dict(measured=True))
     printer.line()
@@ -260,10 +264,11 @@ def plan_command(
     memory: Memory = None,
     max_shard_size: ShardSize = "5GB",  # type: ignore[assignment]  # noqa: ARG001
     overwrite: Overwrite = False,  # noqa: ARG001
+    profile: Profile = False,  # noqa: ARG001
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Peak memory, disk, time and each linear's scheme, before anything runs."""
+    """Peak memory, disk, time, each linear's scheme, before anything runs; a config is enough."""
     printer = show.Printer(json, quiet)
     wish = _recipe(
         recipe,
@@ -279,7 +284,7 @@ def plan_command(
     if calibration is not None:
         data.require_file(calibration)
     made = plan.make(
-        hub.resolve(src),
+        hub.resolve(src, config=True),
         wish,
         threads=threads,
         dtype=None if dtype is None else dtype.value,

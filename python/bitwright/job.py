@@ -22,7 +22,7 @@ from bitwright import archs, ops, registry
 from bitwright import recipe as recipes
 from bitwright.calib.discover import discover
 from bitwright.calib.skeleton import ForwardDtype, Skeleton, forward_dtype, longest_window
-from bitwright.files.checkpoint import Checkpoint
+from bitwright.files.checkpoint import Checkpoint, Outline
 from bitwright.spec import F32, Arch, Group, InputError, Linear, Recipe, RefusedError, Target
 
 COMPARED_TOKENS = 32768  # at 2 bits, KL with 8192 instead of 16384: .83 against .76
@@ -158,15 +158,29 @@ def open_job(
 ) -> Job:
     """Opens a run on a checkpoint folder; InputError or RefusedError where it cannot be done."""
     checkpoint = Checkpoint(Path(source))
-    if checkpoint.config.get("quantization_config"):
-        method = checkpoint.config["quantization_config"].get("quant_method", "an unnamed method")
-        raise InputError(
-            f"[job] wanted a float checkpoint, got {source}, which is already quantized ({method})"
-        )
-    dtype = dtype or forward_dtype()
+    _require_float(checkpoint)
     shapes = {name: entry[0] for name, entry in checkpoint.entries.items()}
-    skeleton = Skeleton(checkpoint.path, checkpoint.read, shapes, dtype)
+    skeleton = Skeleton(checkpoint.path, checkpoint.read, shapes, dtype or forward_dtype())
     _require_known(checkpoint, skeleton)
+    return _job(checkpoint, skeleton, recipe, threads)
+
+
+def outline_job(
+    config: Path,
+    recipe: Recipe,
+    *,
+    dtype: ForwardDtype | None = None,
+    threads: int | None = None,
+) -> Job:
+    """The same for a config.json alone: what a run would be on the weights that it asks for."""
+    outline = Outline(config)
+    _require_float(outline)
+    skeleton = Skeleton(config, outline.read, None, dtype or forward_dtype())
+    outline.promise({s: tuple(skeleton.slots[n].meta.shape) for n, s in skeleton.sources.items()})
+    return _job(outline, skeleton, recipe, threads)
+
+
+def _job(checkpoint: Checkpoint, skeleton: Skeleton, recipe: Recipe, threads: int | None) -> Job:
     arch = arch_of(checkpoint.config, skeleton)
     targets, unused = _targets(checkpoint, skeleton, arch, recipe)
     job = Job(
@@ -177,22 +191,12 @@ def open_job(
         targets,
         unused,
         _unreached(skeleton, linears_of(arch, skeleton)),
-        dtype,
+        skeleton.forward,
         ops.resolve_threads(threads),
         max(1, TOKENS_PER_BATCH // recipe.length),
     )
     _require_windows_fit(job)
-    if recipe.method.startswith("awq") and not any(group.norm for group in arch.groups):
-        raise RefusedError(
-            f"[awq] {arch.name} has no known norm in front of its linears that could absorb column "
-            "scales; rtn and gptq work"
-        )
-    others = [t for t in targets.values() if t.scheme is not None and not t.scheme.plain]
-    if recipe.method.startswith("awq") and others and others[0].scheme is not None:
-        raise RefusedError(
-            f"[awq] {others[0].name}: {others[0].scheme.name} is no plain integer scheme, AWQ's "
-            "searches want one; rtn and gptq work"
-        )
+    _require_awq_fits(job)
     if recipe.method != "rtn":
         _ = job.gram_dtype
     if not any(target.scheme for target in targets.values()):
@@ -201,6 +205,31 @@ def open_job(
     if reason:
         raise RefusedError(reason)
     return job
+
+
+def _require_float(checkpoint: Checkpoint) -> None:
+    if checkpoint.config.get("quantization_config"):
+        method = checkpoint.config["quantization_config"].get("quant_method", "an unnamed method")
+        raise InputError(
+            f"[job] wanted a float checkpoint, got {checkpoint.path}, which is already quantized "
+            f"({method})"
+        )
+
+
+def _require_awq_fits(job: Job) -> None:
+    if not job.recipe.method.startswith("awq"):
+        return
+    if not any(group.norm for group in job.arch.groups):
+        raise RefusedError(
+            f"[awq] {job.arch.name} has no known norm in front of its linears that could absorb "
+            "column scales; rtn and gptq work"
+        )
+    for target in job.targets.values():
+        if target.scheme is not None and not target.scheme.plain:
+            raise RefusedError(
+                f"[awq] {target.name}: {target.scheme.name} is no plain integer scheme, AWQ's "
+                "searches want one; rtn and gptq work"
+            )
 
 
 def _require_known(checkpoint: Checkpoint, skeleton: Skeleton) -> None:

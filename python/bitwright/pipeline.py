@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -32,8 +32,10 @@ from bitwright.calib.data import Tokens, are_ids, collect, load_tokenizer, requi
 from bitwright.calib.memory import trim
 from bitwright.calib.skeleton import ForwardDtype, as_tensor
 from bitwright.calib.stats import StatsCollector
+from bitwright.clock import Clock
 from bitwright.fingerprint import fingerprint
 from bitwright.job import Job, open_job
+from bitwright.pool import limited
 from bitwright.progress import Progress, silent
 from bitwright.report import RunReport
 from bitwright.solving import BlockSolver
@@ -50,32 +52,13 @@ from bitwright.spec import (
 from bitwright.spool import Finished, Spool, asarrays
 
 
-class _Clock:
-    """Seconds per phase of a run."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def timed(self, phase: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            begin = time.perf_counter()
-            try:
-                return work(*args)
-            finally:
-                self.add(phase, time.perf_counter() - begin)
-
-        return call
-
-    def add(self, phase: str, seconds: float) -> None:
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-
-
 class _Run:
     """One run over an opened job."""
 
     def __init__(self, job: Job, spool: Spool, progress: Progress, rerun: bool) -> None:
         self.job, self.spool, self.progress, self.rerun = job, spool, progress, rerun
-        self.clock = _Clock()
+        self.clock = Clock()
+        job.checkpoint.reading = partial(self.clock.phase, "read")
         self.notes: list[str] = []
         self.steps = 0  # of the progress, left in this block
 
@@ -87,9 +70,10 @@ class _Run:
         """Data-free: every linear on its own, no forward."""
         wanted = [target for target in self.job.targets.values() if target.scheme is not None]
         self.progress.start(len(wanted), "round")
-        solver = BlockSolver(self.job, self.spool, 0, self._finished)
+        solver = BlockSolver(self.job, self.spool, 0, self._finished, self.clock.phase)
         for target in wanted:
-            self.clock.timed("solve", solver.solve_alone)(target)
+            with self.clock.phase("solve"):
+                solver.solve_alone(target)
 
     def _finished(self, _target: Target) -> None:
         self.progress.advance()
@@ -107,10 +91,12 @@ class _Run:
         for block in range(first, skeleton.count):
             self.steps = steps
             self._announce(block + 1)
+            self.clock.mark()
             hidden = self._block(capture, block, hidden)
             self.step(self.steps)
             if block + 1 < skeleton.count:
-                self.clock.timed("save", self._save)(block + 1, hidden)
+                self._save(block + 1, hidden)
+            self.clock.keep()
         self.notes += capture.notes
 
     def _announce(self, block: int) -> None:
@@ -121,7 +107,8 @@ class _Run:
             self.job.checkpoint.announce({skeleton.sources[name] for name in names})
 
     def _save(self, block: int, hidden: list[Streams]) -> None:
-        self.spool.save_hidden(block, asarrays([h for streams in hidden for h in streams]))
+        with self.clock.phase("save"):
+            self.spool.save_hidden(block, asarrays([h for streams in hidden for h in streams]))
 
     def _inputs(self, ids: npt.NDArray[np.int64]) -> tuple[int, list[Streams]]:
         """The first block to run and its inputs, of one stream or (quantized, float) per batch."""
@@ -134,16 +121,18 @@ class _Run:
             found = iter(saved[1])
             return saved[0], [tuple(as_tensor(next(found)) for _ in range(w)) for w in widths]
         skeleton = self.job.skeleton
-        hidden = [
-            (skeleton.embed(ids[i : i + step]),) * width
-            for i, width in zip(starts, widths, strict=True)
-        ]
+        with self.clock.phase("forward"):
+            hidden = [
+                (skeleton.embed(ids[i : i + step]),) * width
+                for i, width in zip(starts, widths, strict=True)
+            ]
         skeleton.empty()
         self._save(0, hidden)
         return 0, hidden
 
     def _block(self, capture: Capture, block: int, hidden: list[Streams]) -> list[Streams]:
-        solver = BlockSolver(self.job, self.spool, block, lambda _target: None)
+        phase = self.clock.phase
+        solver = BlockSolver(self.job, self.spool, block, lambda _target: None, phase)
         batches = len(hidden)
 
         def done(group: Group) -> Mapping[str, Any] | None:
@@ -152,13 +141,13 @@ class _Run:
                 self.step(batches)
             return weights
 
-        inside = dict(self.clock.seconds)
-        begin = time.perf_counter()
-        solve = self.clock.timed("solve", solver.solve)
-        outputs = capture.run_block(block, hidden, solve, done, self.rerun)
-        spent = sum(self.clock.seconds.values()) - sum(inside.values())
-        self.clock.add("forward", time.perf_counter() - begin - spent)
-        _require_finite(outputs, self.job.skeleton.path(block))
+        def solve(group: Group, stats: Stats) -> Mapping[str, Any]:
+            with phase("solve"):
+                return solver.solve(group, stats)
+
+        with phase("forward"):
+            outputs = capture.run_block(block, hidden, solve, done, self.rerun)
+            _require_finite(outputs, self.job.skeleton.path(block))
         return outputs
 
     def overrides(self) -> dict[str, npt.NDArray[Any]]:
@@ -187,11 +176,13 @@ class _Collector:
         self.sums = StatsCollector(k, heads, hold=run.job.hold, products=run.job.gram_dtype)
 
     def update(self, x: Any, drift_from: Any = None, stream: Any = None) -> None:
-        self.run.clock.timed("statistics", self.sums.update)(x, drift_from, stream)
+        with self.run.clock.phase("statistics"):
+            self.sums.update(x, drift_from, stream)
         self.run.step()
 
     def finish(self) -> Stats:
-        return self.sums.finish()
+        with self.run.clock.phase("statistics"):
+            return self.sums.finish()
 
 
 def _require_finite(batches: list[Streams], where: str) -> None:
@@ -216,6 +207,7 @@ def _report(job: Job, run: _Run, tokens: Tokens | None, begin: float) -> RunRepo
         dtype=job.dtype,
         gram_dtype="" if tokens is None else job.gram_dtype,
         seconds={**run.clock.seconds, "total": time.perf_counter() - begin},
+        blocks=tuple(run.clock.blocks),
         peak_rss=plan.resident_bytes(peak=True),
     )
 
@@ -270,14 +262,15 @@ def quantize(
     folder = out.with_name(f"{out.name}.work") if work is None else work
     fresh = work is None and not folder.exists()
     with (
-        _threads(job.threads),
+        limited(job.threads),
         precision.products(job.dtype),
         _leaving_nothing(folder if fresh else None),
         Spool(folder) as spool,
     ):
         tokens = _tokens(job, calibration)
-        spool.start(fingerprint(job, None if tokens is None else tokens.ids))
-        run = _Run(job, spool, progress, plan.make_for(job, memory).rerun)
+        run = _Run(job, spool, progress, plan.make_for(job, memory, timed=False).rerun)
+        with run.clock.phase("read"):
+            spool.start(fingerprint(job, None if tokens is None else tokens.ids))
         if tokens is None:
             run.round_all()
         else:
@@ -304,19 +297,6 @@ def _leaving_nothing(folder: Path | None) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """`count` threads for our ops and for torch, and afterwards as many as before."""
-    before, torch_before = ops.threads(), torch.get_num_threads()
-    ops.set_threads(count)
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        ops.set_threads(before)
-        torch.set_num_threads(torch_before)
-
-
 def _write(
     job: Job, run: _Run, report: RunReport, out: Path, shard: int, progress: Progress, begin: float
 ) -> RunReport:
@@ -328,13 +308,12 @@ def _write(
         run.overrides(),
     )
     finished: list[RunReport] = []
+    job.checkpoint.reading = nullcontext
     since = time.perf_counter()
 
     def finish(folder: Path) -> None:
-        seconds = dict(report.seconds) | {
-            "write": time.perf_counter() - since,
-            "total": time.perf_counter() - begin,
-        }
+        now = time.perf_counter()
+        seconds = dict(report.seconds) | {"write": now - since, "total": now - begin}
         done = replace(report, seconds=seconds, peak_rss=plan.resident_bytes(peak=True))
         finished.append(done)
         papers.write(folder, done, out)

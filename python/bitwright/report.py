@@ -11,16 +11,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from bitwright import clock
 from bitwright.spec import InputError, NumericalError, Override, Recipe, Report
 
-MEASURED = ("seconds", "peak_rss")  # differ from run to run
+MEASURED = ("seconds", "blocks", "peak_rss")  # differ from run to run
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """A finished run. linears: one Report each, in the order solved. seconds: by phase. peak_rss:
-    bytes. dtype, gram_dtype: of the forward, and of the products in the Gram sums (ops.sums).
-    evaluation: scores against the original, once somebody has asked for them."""
+    """A finished run. linears: one Report each, in the order solved. seconds: by phase (clock.py),
+    blocks: the same of each block that this call has run. peak_rss: bytes. dtype, gram_dtype: of
+    the forward, and of the products in the Gram sums (ops.sums). evaluation: scores against the
+    original, once somebody has asked for them."""
 
     base: str
     recipe: Recipe
@@ -36,6 +38,7 @@ class RunReport:
     dtype: str = ""
     gram_dtype: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
+    blocks: tuple[Mapping[str, float], ...] = ()
     peak_rss: int = 0
     evaluation: Mapping[str, Any] = field(default_factory=dict)
 
@@ -50,6 +53,10 @@ class RunReport:
         sizes = [linear.shape[0] * linear.shape[1] for linear in self.linears]
         bits = sum(r.bits_per_weight * size for r, size in zip(self.linears, sizes, strict=True))
         return bits / sum(sizes) if sizes else 0.0
+
+    def shares(self) -> dict[str, float]:
+        """Parts of the total time: forward, statistics, solve, I/O, rest."""
+        return clock.shares(self.seconds)
 
     def methods(self) -> dict[str, int]:
         """How many linears got which method."""
@@ -90,7 +97,9 @@ class RunReport:
     def to_dict(self, measured: bool = False) -> dict[str, Any]:
         """As JSON takes it; measured: with seconds and memory."""
         content = asdict(self)
-        if not measured:
+        if measured:
+            content["shares"] = self.shares()
+        else:
             for key in MEASURED:
                 content.pop(key)
             for linear in content["linears"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from bitwright import clock
 from bitwright.spec import InputError
 
 if TYPE_CHECKING:
@@ -44,6 +45,13 @@ def size(count: int) -> str:
             break
         value /= 1000
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 class Bars:
@@ -174,15 +182,37 @@ def plan(to: Printer, p: Plan) -> None:
     )
     to.line()
     stages = ", ".join(f"{name} {size(count)}" for name, count in p.ram.items())
+    block = ", ".join(f"at {label} {size(count)}" for label, count in p.block.items())
+    spent = _shares(clock.shares(p.parts))
     rows = [
         ("peak memory", f"{size(p.ram_bytes)} ({size(p.ram_base)} held already; {stages})"),
+        *([("memory of a block", block)] if block else []),
         ("disk", f"{size(p.disk_bytes)} while it runs, {size(p.output_bytes)} in the end"),
-        ("time", f"about {p.seconds:.0f} s on this machine"),
+        ("time", f"about {duration(p.seconds)} on this machine: {spent}"),
         ("calibration", f"{p.tokens} tokens" if p.tokens else "none: data-free"),
     ]
     to.facts(rows)
     for note in p.notes:
         to.line(f"note: {note}")
+
+
+def _shares(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
+
+
+def profile(to: Printer, done: RunReport) -> None:
+    """What `bitwright quantize --profile` adds: where each block's time went."""
+    totals = [sum(seconds.values()) for seconds in done.blocks]
+    rows = [
+        (
+            str(i),
+            f"{total:.2f}",
+            *(f"{s * total:.2f} ({100 * s:.0f} %)" for s in clock.shares(seconds).values()),
+        )
+        for i, (seconds, total) in enumerate(zip(done.blocks, totals, strict=True))
+    ]
+    to.table(("block", "seconds", *clock.shares({})), rows)
+    to.line()
 
 
 def report(to: Printer, done: RunReport, folder: Path, total: int) -> None:
@@ -197,6 +227,7 @@ def report(to: Printer, done: RunReport, folder: Path, total: int) -> None:
             ("bits per weight", f"{done.bits_per_weight:.3f}"),
             ("calibration", done.calibration),
             ("seconds", seconds),
+            ("shares", _shares(done.shares())),
             ("peak memory", size(done.peak_rss)),
         ],
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -28,12 +29,19 @@ CLIP_SKIPS = (
 
 
 class BlockSolver:
-    """Solves the groups of one block; `done` and `solve` are what calib.capture asks for."""
+    """Solves the groups of one block; `done` and `solve` are what calib.capture asks for. phase:
+    entered with the name of what it is that takes time, where it is not solving."""
 
     def __init__(
-        self, job: Job, spool: Spool, block: int, finished: Callable[[Target], None]
+        self,
+        job: Job,
+        spool: Spool,
+        block: int,
+        finished: Callable[[Target], None],
+        phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.job, self.spool, self.block, self.finished = job, spool, block, finished
+        self.phase = phase
         self._prepared: tuple[Stats | None, Scheme, Any] | None = None
         self._scaled: tuple[Stats, Stats] | None = None
         self._parts: list[tuple[QTensor, Report]] = []
@@ -86,15 +94,15 @@ class BlockSolver:
         )
         self._parts, self._seconds = [], 0.0
         done = Finished(q, report, scales)
-        self.spool.save(target.name, done)
-        self.finished(target)
+        self._save(target, done)
         return {target.linear.name: done.dense()}
 
     def _shared_with_next(self, group: Group) -> bool:
         """Whether the next group (v) may have the same inputs: H and its factor are kept for it."""
+        return not self.job.mix and self._before_v(group)
+
+    def _before_v(self, group: Group) -> bool:
         groups = self.job.arch.groups
-        if self.job.mix:
-            return False
         at = groups.index(group) + 1
         return at < len(groups) and groups[at].inside_attention
 
@@ -102,6 +110,11 @@ class BlockSolver:
         """Data-free rounding of one linear."""
         if not self.spool.has(target.name):
             self._finish(Group((target.linear,)), target, None, None, None)
+
+    def _save(self, target: Target, done: Finished) -> None:
+        with self.phase("save"):
+            self.spool.save(target.name, done)
+        self.finished(target)
 
     def _load(self, target: Target) -> Finished:
         done = self.spool.load(target.name)
@@ -118,14 +131,16 @@ class BlockSolver:
         exponent: float | None,
     ) -> Finished:
         begin = time.perf_counter()
+        solver, options = self._asked(target, stats)
+        if target.scheme is not None:  # H is factored before W is there: less memory at a time
+            self._prepare(solver, self._inner(group, stats, scales), target.scheme, options)
         W = self.job.weight(target)
         q, report = self._round(group, target, W, stats, scales)
         report = replace(
             report, name=target.name, awq=exponent, seconds=round(time.perf_counter() - begin, 4)
         )
         done = Finished(q, report, scales)
-        self.spool.save(target.name, done)
-        self.finished(target)
+        self._save(target, done)
         return done
 
     def _round(
@@ -140,16 +155,12 @@ class BlockSolver:
         scheme, method = target.scheme, self.job.recipe.method
         if scheme is None:
             raise InputError(f"[solve] wanted a scheme for {target.name}, got none")
-        options = solver_options(self.job.recipe)
-        if solver_of(method) == "rtn":
-            plain = stats is None or not set(CLIP_SKIPS).isdisjoint(target.linear.roles)
-            options.setdefault("scales", "minmax" if plain else "clip")
-        else:
-            options.setdefault("negative", self.job.format.NEGATIVE_SCALES)
-        solver = registry.get("solvers", solver_of(method))
+        solver, options = self._asked(target, stats)
         inner = self._inner(group, stats, scales)
         scaled = W if scales is None else W * scales
         prepared = self._prepare(solver, inner, scheme, options)
+        if solver_of(method) == "gptq":
+            options["last"] = self._is_last(group, target)
         if rows is not None:
             options["whole"], scaled = scaled, np.ascontiguousarray(scaled[slice(*rows)])
         q, report = solver.solve(scaled, inner, scheme, prepared=prepared, **options)
@@ -157,6 +168,23 @@ class BlockSolver:
             plainly = rtn.solve(W if rows is None else W[slice(*rows)], stats, scheme)[1]
             report = replace(report, error_rtn=plainly.error)
         return q, report if report.fallback else replace(report, method=method)
+
+    def _asked(self, target: Target, stats: Stats | None) -> tuple[Any, dict[str, Any]]:
+        """The solver and its options for a target."""
+        method, options = self.job.recipe.method, solver_options(self.job.recipe)
+        if solver_of(method) == "rtn":
+            plain = stats is None or not set(CLIP_SKIPS).isdisjoint(target.linear.roles)
+            options.setdefault("scales", "minmax" if plain else "clip")
+        else:
+            options.setdefault("negative", self.job.format.NEGATIVE_SCALES)
+        return registry.get("solvers", solver_of(method)), options
+
+    def _is_last(self, group: Group, target: Target) -> bool:
+        """Whether no other matrix will ask for the statistics that this one has."""
+        if group.rows is not None:
+            return group.inside_attention
+        last = self.job.wanted(self.block, group)[-1]
+        return target.name == last.name and not self._before_v(group)
 
     def _inner(self, group: Group, stats: Stats | None, scales: F32 | None) -> Stats | None:
         """The statistics that the solver sees: those of the inputs behind the rescaled norm."""

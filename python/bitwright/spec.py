@@ -246,6 +246,11 @@ class Stats:
     held: Held | None = None
     D: F64 | None = None
 
+    def release(self) -> None:
+        """Forgets C, D and what is held out, once no matrix asks for them: as much again as H."""
+        for name in ("C", "held", "D"):
+            object.__setattr__(self, name, None)
+
 
 @dataclass(frozen=True, eq=False)
 class Rescale:

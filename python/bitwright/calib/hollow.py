@@ -147,6 +147,12 @@ def find_sources(
     return sources
 
 
+def own_names(model: PreTrainedModel, slots: Mapping[str, Slot]) -> list[str]:
+    """The tensors that a checkpoint of the model holds: tied ones once."""
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return [name for name in slots if tied.get(name, name) == name]
+
+
 def check_shape(name: str, want: Sequence[int], got: Sequence[int] | None) -> None:
     """InputError unless both shapes agree; a shape that is not known yet (None) passes."""
     if got is not None and tuple(got) != tuple(want):

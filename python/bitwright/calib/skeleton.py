@@ -73,27 +73,29 @@ class Skeleton:
     """The model of a checkpoint, empty until filled.
 
     folder: where config.json lies, or a config. read: dense name -> float array. names: the dense
-    names there are; given as a mapping to shapes (or things with a shape), these are checked here,
-    otherwise when tensors are read. InputError names the tensor that is missing or misshapen, what
-    was wanted and what came.
+    names there are (None: as the model spells them); given as a mapping to shapes (or things with a
+    shape), these are checked here, otherwise when tensors are read. InputError names the tensor
+    that is missing or misshapen, what was wanted and what came.
     """
 
     def __init__(
         self,
         folder: Path | PreTrainedConfig,
         read: Read,
-        names: Iterable[str],
+        names: Iterable[str] | None,
         dtype: ForwardDtype = "float32",
         attention: str = door.NAME,
     ) -> None:
         door.register()
         self._read = read
+        self.forward = dtype
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.model = hollow.build(hollow.read_config(folder), self.dtype, attention)
         self.block_path, self.blocks = hollow.find_blocks(self.model)
         self.count = len(self.blocks)
         self.slots = hollow.find_slots(self.model)
-        self.sources = hollow.find_sources(self.model, self.slots, names)
+        spelled = hollow.own_names(self.model, self.slots) if names is None else names
+        self.sources = hollow.find_sources(self.model, self.slots, spelled)
         self.embeddings = self._path(self.model.get_input_embeddings)
         self.head = self._path(self.model.get_output_embeddings)
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}

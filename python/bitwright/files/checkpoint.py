@@ -2,6 +2,9 @@
 
 Several files come with model.safetensors.index.json, whose weight_map says which file has which
 tensor; the map is checked against the headers. Nothing in a folder is ever executed or unpickled.
+
+An `Outline` is a checkpoint of which only the config is there: the names and shapes of its tensors
+are told by who knows the model, their dtype is the config's.
 """
 
 from __future__ import annotations
@@ -9,10 +12,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -28,6 +33,11 @@ SIDE_FILES = (
     "processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+FLOATS: Mapping[str, npt.DTypeLike] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -44,19 +54,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Checkpoint:
-    """An opened folder. entries: tensor name -> (shape, dtype, bytes). files: the weight files."""
+    """An opened folder. entries: tensor name -> (shape, dtype, bytes). files: the weight files.
+    reading: entered around every read, for whoever keeps the time."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self.reading: Callable[[], AbstractContextManager[None]] = nullcontext
         if not (self.path / "config.json").is_file():
             raise InputError(f"[checkpoint] wanted a folder with a config.json, got {path}")
-        self.config = read_json(self.path / "config.json")
-        quantized = self.config.get("quantization_config")
-        if quantized is not None and not isinstance(quantized, dict):
-            raise InputError(
-                f"[checkpoint] wanted an object as quantization_config of {path}/config.json, got "
-                f"{type(quantized).__name__}"
-            )
+        self.config = _config(self.path / "config.json")
         self.files = _weight_files(self.path)
         self._home: dict[str, SafetensorsFile] = {}
         for file in (SafetensorsFile(file) for file in self.files):
@@ -101,7 +107,71 @@ class Checkpoint:
         file = self._home.get(name)
         if file is None:
             raise InputError(f"[checkpoint] wanted tensor {name} in {self.path}, found none")
-        return file.read(name)
+        with self.reading():
+            return file.read(name)
+
+
+class Outline(Checkpoint):
+    """A config.json, or any file like it, without weights: zeros where they are read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.reading = nullcontext
+        self.config = _config(self.path)
+        self.files = []
+        self.entries = {}
+        self.dtype = np.dtype(FLOATS[_float_of(self.path, self.config)])
+
+    def promise(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """The tensors that there would be."""
+        self.entries = {
+            name: (tuple(shape), self.dtype, math.prod(shape) * self.dtype.itemsize)
+            for name, shape in shapes.items()
+        }
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(size for _, _, size in self.entries.values())
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        shape, dtype, _ = self.entries[name]
+        return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def without_weights(source: Path) -> Path | None:
+    """The config where `source` is a config or a folder with nothing but one, else None."""
+    if source.is_file():
+        return source
+    config = source / "config.json"
+    weights = (INDEX, "*.safetensors", *PICKLES)
+    bare = config.is_file() and not any(next(source.glob(p), None) for p in weights)
+    return config if bare else None
+
+
+def _config(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    quantized = config.get("quantization_config")
+    if quantized is not None and not isinstance(quantized, dict):
+        raise InputError(
+            f"[checkpoint] wanted an object as quantization_config of {path}, got "
+            f"{type(quantized).__name__}"
+        )
+    return config
+
+
+def _float_of(path: Path, config: Mapping[str, Any]) -> str:
+    """The float that a config stores its weights in, bfloat16 where it does not say."""
+    inner = config.get("text_config")
+    found = [
+        place[key]
+        for place in (config, inner if isinstance(inner, dict) else {})
+        for key in ("dtype", "torch_dtype")
+        if place.get(key) is not None
+    ]
+    name = str(found[0]).removeprefix("torch.") if found else "bfloat16"
+    if name not in FLOATS:
+        raise InputError(f"[checkpoint] wanted {', '.join(FLOATS)} as dtype of {path}, got {name}")
+    return name
 
 
 def fetch(get: Callable[[str], npt.NDArray[Any]], layout: Layout) -> dict[str, npt.NDArray[Any]]:

@@ -45,13 +45,16 @@ def residual_of(residual: float | None, bits: int) -> float:
     return LOW_BITS.get(bits, RESIDUAL) if residual is None else residual
 
 
-def drifts_of(stats: Stats, H: F64, residual: float) -> list[Drifts | None]:
-    """The drift of each block of rows (H is (B, k, k)), with `residual` of the stream's error."""
+def drifts_of(stats: Stats, H: F64, residual: float, last: bool = False) -> list[Drifts | None]:
+    """The drift of each block of rows (H is (B, k, k)), with `residual` of the stream's error.
+
+    last: nobody else asks; D becomes its share in place."""
     if stats.C is None:
         return [None] * len(H)
     C, found = stats.C.reshape(H.shape), stats.held
     if len(H) == 1 and stats.D is not None and residual:
-        return [Drifts(H[0], C[0], found, residual * stats.D)]
+        pull = np.multiply(residual, stats.D, out=stats.D if last else None)
+        return [Drifts(H[0], C[0], found, pull)]
     if found is None:
         return [Drifts(H[b], C[b], None) for b in range(len(H))]
     held_H, held_C = found.H.reshape(H.shape), found.C.reshape(H.shape)

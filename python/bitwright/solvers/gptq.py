@@ -222,8 +222,11 @@ def _error(W: F32, q: QTensor, loss: F64, p: Factored, H: F64) -> float:
 
 
 def _solve_rows(
-    W: F32, H: F64, drifts: Drifts | None, p: Factored, scheme: Scheme, o: _Options
+    W: F32, H: F64, drifts: list[Drifts | None], p: Factored, scheme: Scheme, o: _Options
 ) -> _Part:
+    """The next block of rows; its drift is taken off `drifts`, so that it is gone with the
+    target."""
+    drift = drifts.pop(0)
     plain = ops.quadratic(W - ops.decode(ops.encode(W, *ops.fit(W, scheme), scheme)), H)
     size = ops.quadratic(W, H)
     if p.R is None:
@@ -232,7 +235,8 @@ def _solve_rows(
         q = ops.encode(W, *static, scheme, ops.global_scale(o.whole, scheme), steps)
         rounded = ops.quadratic(W - ops.decode(q), H)
         return _Part(q, size, plain, rounded, rounded)
-    target, alpha = (W, None) if drifts is None else target_of(W, drifts, p, o.alpha)
+    target, alpha = (W, None) if drift is None else target_of(W, drift, p, o.alpha)
+    drift = None
     q, loss = _sweep(target, H, p, scheme, o)
     swept = final = _error(target, q, loss, p, H)
     pattern = o.refine.replace("l", "") if scheme.group == -1 else o.refine
@@ -263,9 +267,11 @@ def solve(
     gram_dtype: str = "auto",  # noqa: ARG001
     negative: bool = False,
     whole: F32 | None = None,
+    last: bool = False,
 ) -> tuple[QTensor, Report]:
     """W float32 (n, k) rounded with error feedback under stats.H: (k, k), or (B, k, k) for B equal
-    blocks of rows. whole: the matrix of which W is a part, where it is. Options: see above."""
+    blocks of rows. whole: the matrix of which W is a part, where it is. last: no other matrix asks
+    for the drift in `stats`, which goes as soon as it has served. Options: see above."""
     H = _hessians(stats)
     if len(W) % len(H):
         raise InputError(f"[gptq] wanted rows for {len(H)} equal blocks, got {len(W)}")
@@ -277,16 +283,19 @@ def solve(
     share = share_of_drift(alpha)
     o = _Options(order, scales, refine, share, negative, W if whole is None else whole)
     pull = residual_of(residual, scheme.bits)
-    drifts = (
-        drifts_of(stats, H, pull) if alpha or (pull and stats.D is not None) else [None] * len(H)
-    )
+    drifts: list[Drifts | None] = [None] * len(H)
+    if alpha or (pull and stats.D is not None):
+        drifts = drifts_of(stats, H, pull, last)
+    pulled = drifts[0] is not None and drifts[0].pull is not None
+    if last:
+        stats.release()
     rows = len(W) // len(H)
     parts = [
-        _solve_rows(W[b * rows : (b + 1) * rows], H[b], drifts[b], p, scheme, o)
+        _solve_rows(W[b * rows : (b + 1) * rows], H[b], drifts, p, scheme, o)
         for b, p in enumerate(factors)
     ]
     report = _report(W.shape, parts, factors, stats, scheme)
-    if report.alpha is not None and drifts[0] is not None and drifts[0].pull is not None:
+    if report.alpha is not None and pulled:
         report = replace(report, residual=pull)
     return ops.stacked([part.q for part in parts]), report
 
