@@ -53,6 +53,21 @@ def test_the_search_is_no_worse_than_its_first_candidate_in_any_group(name: str)
     assert searched.sum() < spanning.sum()
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "nf4-g16", "fp4-g32"])
+def test_the_range_of_a_table_may_end_before_its_last_level(name: str) -> None:
+    s = schemes.parse(name)
+    W, H = weights(60, s.columns(64), name), hessian(s.columns(64))
+    order = np.arange(len(H), dtype=np.int32)
+    R, _, _ = ops.factor(H, 0.01, order)
+    q, wide = ops.gptq_search(W, R, order, s)
+    _, narrow = ops.gptq_search(W, R, order, s, factors=ops.FEEDBACK_FACTORS)
+    assert wide.sum() < narrow.sum()
+    unused = np.abs(s.grid.values).max() > np.abs(np.array(s.grid.values)[q.codes]).max(axis=1)
+    assert unused.any()
+    assert ops.feedback_factors(schemes.parse("int4-g64")) is ops.FEEDBACK_FACTORS
+    assert ops.feedback_factors(schemes.parse("mxfp4")) is ops.POWER_FACTORS
+
+
 def test_scales_of_either_sign_help_symmetric_grids_only() -> None:
     W, H = weights(48, 128), hessian(128)
     for name, helps in (("int4-g64", True), ("int4-g64-asym", False), ("mxfp4", False)):

@@ -36,10 +36,12 @@ from bitwright.ops.solve import CLIP_FACTORS as CLIP_FACTORS
 from bitwright.ops.solve import DAMPING_ATTEMPTS as DAMPING_ATTEMPTS
 from bitwright.ops.solve import FEEDBACK_FACTORS as FEEDBACK_FACTORS
 from bitwright.ops.solve import POWER_FACTORS as POWER_FACTORS
+from bitwright.ops.solve import TABLE_FACTORS as TABLE_FACTORS
 from bitwright.ops.solve import awq_clip as awq_clip
 from bitwright.ops.solve import awq_scale as awq_scale
 from bitwright.ops.solve import drift as drift
 from bitwright.ops.solve import factor as factor
+from bitwright.ops.solve import feedback_factors as feedback_factors
 from bitwright.ops.solve import gptq as gptq
 from bitwright.ops.solve import gptq_search as gptq_search
 from bitwright.ops.solve import refine as refine

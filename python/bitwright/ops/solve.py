@@ -25,6 +25,7 @@ from bitwright.spec import F32, F64, U8, InputError, NumericalError, QTensor, Sc
 FEEDBACK_FACTORS: F32 = np.array(
     [1.0, *(f / 1000 for f in range(1050, 449, -25) if f != 1000)], np.float32
 )
+TABLE_FACTORS: F32 = np.array([1.0, *np.geomspace(1.7, 0.5, 24)], np.float32)
 POWER_FACTORS: F32 = np.array([1.0, 2.0, 0.5], np.float32)
 CLIP_FACTORS: F32 = np.linspace(1.0, 0.5, 21, dtype=np.float32)
 DAMPING_ATTEMPTS = 6
@@ -93,6 +94,14 @@ def gptq(
     return QTensor(codes, scales, zeros, scheme, whole or global_scale(W, scheme), steps), loss
 
 
+def feedback_factors(scheme: Scheme) -> F32:
+    """Scales tried in a group, relative to the one that spans its range. Levels of tables lie far
+    apart at the end: there the range may as well end at a level before the last (up to 1.7)."""
+    if scheme.scale == "e8m0":
+        return POWER_FACTORS
+    return FEEDBACK_FACTORS if scheme.grid.uniform else TABLE_FACTORS
+
+
 def gptq_search(
     W: F32,
     R: F32,
@@ -110,12 +119,11 @@ def gptq_search(
     For each row and group the candidate with the least loss after the group's own feedback: scales
     factor times the one that spans the group's targets, as stored; zero points z0 - zero_span ..
     z0 + zero_span; negative: scales of either sign where the scheme is symmetric. `order` must keep
-    groups together. factors: None for FEEDBACK_FACTORS, of powers of two POWER_FACTORS. whole: the
-    global scale of "e4m3" scales (None: that of W). steps: of two-level scales (None: `block_steps`
-    of W).
+    groups together. factors: None for those of `feedback_factors`. whole: the global scale of
+    "e4m3" scales (None: that of W). steps: of two-level scales (None: `block_steps` of W).
     """
     if factors is None:
-        factors = POWER_FACTORS if scheme.scale == "e8m0" else FEEDBACK_FACTORS
+        factors = feedback_factors(scheme)
     W, R = matrix("gptq_search", W, np.float32), matrix("gptq_search", R, np.float32)
     n, k = W.shape
     scales = np.empty((n, scheme.groups(k)), np.float32)

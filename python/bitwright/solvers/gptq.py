@@ -27,7 +27,9 @@ where alpha is 0 and residual is not given). `gram_dtype`: what bfloat16 inputs 
 "float32" or "bfloat16", by the machine's own product of pairs; "auto": the latter where it has one.
 
 Scales. "feedback" (6.3): for each row and group the candidate with the least loss after the group's
-own feedback, 25 scales around the range of the group's targets, zero points z0 and beside it.
+own feedback, 25 scales around the range of the group's targets, zero points z0 and beside it. Of
+tables the range may end before the last level, scales up to 1.7 of the spanning one: nvfp4, 32 x
+512 tokens, two texts: KL .0452 / .0470 without and .0391 / .0429 with it.
 Static ones, chosen before the sweep: "hessian" minimises sum_j H_jj (w_j - q_j)^2 over 26 shrunk
 ranges, "mse" the reference's |.|^2.4, "minmax" takes the range.
 
