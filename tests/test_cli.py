@@ -52,6 +52,23 @@ def test_quantize_ends_with_the_line_that_loads_the_result(run):
     assert not Path("out.work").exists()
 
 
+def test_the_profile_tells_where_each_block_went(run):
+    done = run("quantize", TINY, "out", *FAST, "--effort", "fast", "--profile", "--json", "r.json")
+    assert done.exit_code == 0, done.output
+    heads = next(line for line in done.output.splitlines() if line.startswith("block"))
+    assert heads.split() == ["block", "seconds", "forward", "statistics", "solve", "I/O"]
+    report = json.loads(Path("r.json").read_text())
+    assert len(report["blocks"]) == 4
+    for block in report["blocks"]:
+        assert set(block) == {"forward", "statistics", "solve", "read", "save"}
+    for phase in ("forward", "statistics", "solve"):
+        inside = sum(block[phase] for block in report["blocks"])
+        assert 0 < inside <= report["seconds"][phase] + 1e-9
+    assert sum(report["shares"].values()) == pytest.approx(1.0)
+    assert any(line.startswith("shares") for line in done.output.splitlines())
+    assert "blocks" not in json.loads(Path("out/bitwright-report.json").read_text())
+
+
 def test_the_shipped_text_is_named(run):
     done = run("quantize", TINY, "out", *FAST)
     assert "old English prose" in done.output

@@ -98,6 +98,18 @@ def test_more_of_the_drift_is_less_error_of_the_outputs(name: str) -> None:
     assert errors[2] < errors[1] < errors[0]
 
 
+def test_the_drift_goes_once_the_last_target_stands() -> None:
+    W, s = weights(40, 64), schemes.parse("int4-g64")
+    known = dataclasses.replace(drifted(64, 1000)[2], D=np.ones((40, 64)))
+    kept, report = gptq.solve(W, known, s)
+    assert known.C is not None
+    gone, same = gptq.solve(W, known, s, last=True)
+    assert (known.C, known.D, known.held) == (None, None, None)
+    assert np.array_equal(kept.codes, gone.codes)
+    assert np.array_equal(kept.scales, gone.scales)
+    assert report == same
+
+
 @pytest.mark.parametrize("name", ["int3-g16", "int4-g64"])
 def test_the_residual_makes_up_for_what_the_outputs_are_added_to(name: str) -> None:
     """A sum that changed by something the inputs tell: the more of it, the less error of sum and

@@ -48,7 +48,7 @@ import bitwright
 from bitwright import pipeline, plan
 base, out, method, samples, memory = sys.argv[1:]
 plans, make = [], plan.make_for
-plan.make_for = lambda *a: plans.append(make(*a)) or plans[-1]
+plan.make_for = lambda *a, **k: plans.append(make(*a, **k)) or plans[-1]
 ids = np.random.default_rng(0).integers(0, 2048, (int(samples), 128))
 bitwright.quantize(base, out=out, method=method, calibration=ids, memory=int(memory) or None,
                    dtype="float32", overwrite=True)

@@ -71,7 +71,8 @@ def untimed(request, monkeypatch):
 def config(kind, options, folder):
     """A config.json of a transformers config class, without weights."""
     made = getattr(transformers, kind)(**options, dtype="bfloat16")
-    made.architectures = [kind.replace("Config", "ForCausalLM")]
+    name = kind.removesuffix("TextConfig").removesuffix("Config")
+    made.architectures = [f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"]
     made.save_pretrained(folder)
     return folder / "config.json"
 
@@ -217,6 +218,24 @@ def test_a_config_that_is_none_is_told_in_one_sentence(tmp_path, content, error,
     with pytest.raises(error, match=message) as told:
         make(path)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.usefixtures("steady")
+@pytest.mark.parametrize("effort", ["fast", "default"])
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
+def test_every_architecture_is_timed_by_its_config(tmp_path, name, effort):
+    kind, options = tiny_models.CONFIGS[name]
+    wishes = {"scheme": "int4-g16", "effort": effort, "samples": 4, "length": 16}
+    recipe = recipes.from_dict({**wishes, "format": "bitwright"})
+    job = outline_job(config(kind, options, tmp_path), recipe, dtype="float32")
+    once, again = (plan.Estimate(job, Sizes(job), rerun).seconds() for rerun in (False, True))
+    assert set(once) == {"forward", "statistics", "solve", "read", "save", "write"}
+    assert all(seconds >= 0.0 for seconds in once.values())
+    assert 0.0 < once["forward"] < again["forward"]
+    assert once["statistics"] == again["statistics"] > 0.0
+    assert all(slot.meta.is_meta for slot in job.skeleton.slots.values())
+    for block in job.skeleton.blocks:
+        assert not any("forward" in vars(module) for module in block.modules())
 
 
 @pytest.mark.parametrize("kind", SHAPES)

@@ -18,6 +18,7 @@ template <class T>
 using OutVec = Eigen::Ref<Eigen::Matrix<T, Eigen::Dynamic, 1>>;
 
 using Index = Eigen::Index;
+static_assert(sizeof(Index) == 8, "a matrix of a 70B model has more than 2^31 elements");
 
 inline Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 

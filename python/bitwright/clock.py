@@ -12,9 +12,9 @@ the forward is reading. What no phase claims is the rest of the total.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from time import perf_counter
 
 IO = ("read", "save", "write")
 
@@ -41,7 +41,7 @@ class Clock:
             self._open.pop()
 
     def _switch(self) -> None:
-        now = time.perf_counter()
+        now = perf_counter()
         if self._open:
             phase = self._open[-1]
             self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
