@@ -55,6 +55,13 @@ struct Sums {
   }
 };
 
+// The next panel's codes to L2, while this one's are multiplied.
+template <int kWidth>
+inline void prefetch_strip(const std::uint8_t* codes, std::int64_t strip) {
+  for (int line = 0; line < kWidth / 2; ++line)
+    __builtin_prefetch(codes + (strip * (kWidth / 2) + line) * 64, 0, 2);
+}
+
 template <int kWidth, bool kTable, int kTokens>
 inline void tile_part(const PanelLayout& layout, const std::uint8_t* panel, const DotTokens& x,
                       int part, float* y, std::int64_t ldy) {
@@ -76,8 +83,10 @@ inline void tile_part(const PanelLayout& layout, const std::uint8_t* panel, cons
       const std::int64_t stop = begin + x.segment < end ? begin + x.segment : end;
       Sums<kWidth, kTable, kTokens> sums;
       sums.start(layout, zero, x.start + seen * kTokens);
-      for (std::int64_t s = begin; s < stop; ++s)
+      for (std::int64_t s = begin; s < stop; ++s) {
+        prefetch_strip<kWidth>(codes + layout.bytes, s);
         sums.add_strip(layout, codes, s, part, x.quads + s * 4 * kTokens);
+      }
       const float* token = x.scale + seen * kTokens;
 #pragma GCC unroll 16
       for (int t = 0; t < kTokens; ++t)
