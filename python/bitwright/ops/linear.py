@@ -56,11 +56,10 @@ class PackedMatrix:
                 f"[PackedMatrix] wanted contiguous panels uint8 {want} for {self.shape} in "
                 f"{self.scheme.name}, got {p.ndim}-D of {p.dtype} {p.shape}"
             )
-        layout = _layout(self.scheme, self.shape[1])
+        p, layout = p.ravel().reshape(want), _layout(self.scheme, self.shape[1])
+        object.__setattr__(self, "panels", p)
         object.__setattr__(self, "layout", layout)
-        object.__setattr__(
-            self, "core", _core.Packed(p.ravel().reshape(want), self.shape[0], layout)
-        )
+        object.__setattr__(self, "core", _core.Packed(p, self.shape[0], layout))
 
     @staticmethod
     def panel_shape(scheme: Scheme, shape: tuple[int, int]) -> tuple[int, int]:
