@@ -55,13 +55,6 @@ struct Sums {
   }
 };
 
-// The next panel's codes to L2, while this one's are multiplied.
-template <int kWidth>
-inline void prefetch_strip(const std::uint8_t* codes, std::int64_t strip) {
-  for (int line = 0; line < kWidth / 2; ++line)
-    __builtin_prefetch(codes + (strip * (kWidth / 2) + line) * 64, 0, 2);
-}
-
 template <int kWidth, bool kTable, int kTokens>
 inline void tile_part(const PanelLayout& layout, const std::uint8_t* panel, const DotTokens& x,
                       int part, float* y, std::int64_t ldy) {
@@ -110,27 +103,21 @@ inline void tile(const PanelLayout& layout, const std::uint8_t* panel, const Dot
   }
 }
 
-inline float largest(VF values) {
-  float most = 0.0F;
-  for (int lane = 0; lane < kF32; ++lane) most = values[lane] > most ? values[lane] : most;
-  return most;
-}
-
-inline float added(VF values) {
-  float sum = 0.0F;
-  for (int lane = 0; lane < kF32; ++lane) sum += values[lane];
-  return sum;
-}
-
-// Largest |x| / 127, NaN where a value is not finite.
+// Largest |x| / 127, not finite where a value is not: as integers, NaN > infinity > all others.
 inline float step_of(const float* x, std::int64_t columns) {
-  VF most = {}, poison = {};
+  VI most = {};
   for (std::int64_t i = 0; i < columns; i += kF32) {
-    const VF value = load<VF>(x + i);
-    most = maximum(most, absolute(value));
-    poison = poison + (value - value);
+    const VI size = load<VI>(x + i) & 0x7FFFFFFF;
+    most = size > most ? size : most;
   }
-  return largest(most) / 127.0F + added(poison);
+  std::int32_t lanes[kF32];
+  store(lanes, most);
+  for (int half = kF32 / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i)
+      lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  float largest;
+  std::memcpy(&largest, lanes, sizeof largest);
+  return largest / 127.0F;
 }
 
 }  // namespace
@@ -172,9 +159,11 @@ void quantize_row(const PanelLayout& layout, std::int64_t segment, bool per_toke
         }
         for (int j = 0; j < 4; ++j) quads[(s * 4 + j) * stride] = words[j];
       }
-      std::int32_t all = 0;
-      for (int lane = 0; lane < kF32; ++lane) all += total[lane];
-      *sum = all;
+      std::int32_t lanes[kF32];
+      store(lanes, total);
+      for (int half = kF32 / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+      *sum = lanes[0];
     }
   }
 }
