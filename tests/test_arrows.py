@@ -39,6 +39,7 @@ ARROWS = {
     "job": RESULT | {"calib"},
     "fingerprint": {"ops", "job"},
     "solving": {"spec", "ops", "registry", "recipe", "solvers", "transforms", "job", "spool"},
+    "bench": {"spec", "ops", "schemes", "solvers", "progress", "deferred", "show"},
     "plan": {"spec", "ops", "calib", "job", "recipe", "solvers"},
     "evaluate": {"spec", "registry", "files", "formats", "calib", "progress"},
     "inspection": {"spec", "registry", "files", "formats", "report", "papers"},
