@@ -66,6 +66,10 @@ PYBIND11_MODULE(_core, m) {
         as_is("codes"), Free());
   m.def("decode", &decode, as_is("codes"), as_is("scales"), as_is("zeros"), arg("group"),
         arg("grid"), as_is("w"), Free());
+  m.def("round_pack_f32", &round_pack_f32, as_is("w"), arg("settings"), as_is("scales"),
+        as_is("zeros"), as_is("words"), Free());
+  m.def("round_pack_u16", &round_pack_u16, as_is("w"), arg("bf16"), arg("settings"),
+        as_is("scales"), as_is("zeros"), as_is("words"), Free());
   m.def("gram_f32", &gram_f32, as_is("x"), as_is("h"), Free());
   m.def("gram_u16", &gram_u16, as_is("x"), arg("bf16"), arg("pairs"), as_is("h"), Free());
   m.def("cross_f32", &cross_f32, as_is("before"), as_is("after"), as_is("x"), as_is("c"), Free());

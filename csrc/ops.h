@@ -52,6 +52,12 @@ void fit(In<float> w, InVec<float> weight, const FitSettings& settings, InVec<fl
 // zero) / scale), 0, 2^b - 1).
 void encode(In<float> w, In<float> scales, In<float> zeros, Index group, const Grid& grid,
             Out<std::uint8_t> codes);
+// fit without a search, encode and pack in one: integer grids with zero points, one level of
+// scales.
+void round_pack_f32(In<float> w, const FitSettings& settings, Out<float> scales, Out<float> zeros,
+                    Out<std::uint32_t> words);
+void round_pack_u16(In<std::uint16_t> w, bool bf16, const FitSettings& settings, Out<float> scales,
+                    Out<float> zeros, Out<std::uint32_t> words);
 // w = (code - zero) * scale, or levels[code] * scale, or code * scale - zero.
 void decode(In<std::uint8_t> codes, In<float> scales, In<float> zeros, Index group,
             const Grid& grid, Out<float> w);

@@ -41,6 +41,7 @@ ARROWS = {
     "job": RESULT | {"calib"},
     "fingerprint": {"ops", "calib", "job"},
     "solving": {"spec", "ops", "registry", "recipe", "solvers", "transforms", "job", "spool"},
+    "bench": {"spec", "ops", "schemes", "solvers", "progress", "deferred", "show"},
     "sizes": {"spec", "recipe", "calib", "job"},
     "pool": {"ops"},
     "trial": {"spec", "ops", "calib"},

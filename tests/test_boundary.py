@@ -75,6 +75,7 @@ CASES: dict[str, Case] = {
         {"W": W, "weight": COLUMN, "factors": ops.SEARCH_FACTORS},
         free=("W", "factors"),
     ),
+    "round_pack": Case(lambda W: ops.round_pack(W, ASYM), {"W": W}, free=("W",)),
     "encode": Case(lambda W, scales, zeros: ops.encode(W, scales, zeros, ASYM), {"W": W, **GRID}),
     "decode": Case(quantized(ops.decode), Q),
     "gram": Case(ops.gram, {"X": X}, {"H": np.triu(H)}),
@@ -207,8 +208,8 @@ def test_wrong_shape(op: str, name: str) -> None:
     wrong = [np.concatenate([x, x[..., -9:]], -1), x[..., : x.shape[-1] // 2]]
     if x.ndim == 2 and (name not in case.free) and (op, name) not in {*WORDS, ("unpack", "words")}:
         wrong += [np.concatenate([x, x[-1:]]), x[:0]]
-    if op in ("pack", "word_sum") or name == "factors":
-        wrong = []  # any matrix of codes or words, any number of factors
+    if op in ("pack", "word_sum", "round_pack") or name == "factors":
+        wrong = []  # any matrix, any number of factors
     for other in wrong:
         refused(op, **{name: other})
 
@@ -235,6 +236,7 @@ NANS = [
     ("fit", "W"),
     ("fit", "weight"),
     ("fit", "factors"),
+    ("round_pack", "W"),
     ("encode", "W"),
     ("encode", "scales"),
     ("factor", "H"),

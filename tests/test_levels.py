@@ -129,6 +129,14 @@ def run_fit() -> list[Any]:
     return [*ops.fit(W, scheme(3, -1)), *searched[0], *searched[1]]
 
 
+def run_round_pack() -> list[Any]:
+    s, W, _, _ = problem()
+    kinds = (W, W.astype(np.float16), W.astype(ops.BFLOAT16))
+    return [
+        x for part in kinds for kind in (s, scheme(3, GROUP)) for x in ops.round_pack(part, kind)
+    ]
+
+
 def run_encode() -> list[Any]:
     s, W, _, _ = problem()
     return [ops.encode(W, *ops.fit(W, s), s).codes]

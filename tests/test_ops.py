@@ -50,6 +50,7 @@ from ref.pack import pack
 from ref.qlinear import qlinear
 from ref.quadratic import quadratic
 from ref.refine import damped, refine
+from ref.round_pack import round_pack
 from ref.unpack import unpack
 from ref.word_sum import word_sum
 
@@ -127,6 +128,27 @@ def test_twin_fit_encode_decode(bits: int, symmetric: bool, where: str) -> None:
         assert_equal([q.codes], [encode(W, scales, zeros, s.columns(k), bits)])
         value = decode(q.codes, scales, zeros, s.columns(k))
         assert_equal([ops.decode(q), q.dequantize()], [value, value])
+
+
+@pytest.mark.parametrize(("symmetric", "where"), [kind for kind in KINDS if kind[1] != "tensor"])
+@pytest.mark.parametrize("bits", BITS)
+def test_twin_round_pack(bits: int, symmetric: bool, where: str) -> None:
+    grids = {"scale": ("bf16", "fp16", "e8m0")[bits % 3], "zero_min": bits % 2}
+    for (n, k, g), dtype in product(SHAPES, (np.float32, np.float16, ops.BFLOAT16)):
+        s = scheme_of(bits, g, symmetric, where, **grids)
+        W = difficult_weights(n, k, bits).astype(dtype)
+        ours = ops.round_pack(W, s)
+        assert_equal(ours, round_pack(W, bits, s.columns(k), symmetric, s.zero_min, s.scale))
+        wide = W.astype(np.float32)
+        scales, zeros = ops.fit(wide, s)
+        codes = ops.encode(wide, scales, zeros, s).codes
+        assert_equal(ours, [ops.pack(codes, bits), scales, zeros])
+
+
+def test_round_pack_refuses_other_schemes() -> None:
+    for other in (scheme(4, -1), scheme(4, 8, scale="e4m3"), scheme(4, 8, False, offset=True)):
+        with pytest.raises(InputError, match="plain integer scheme by group or channel"):
+            ops.round_pack(weights(4, 16), other)
 
 
 @pytest.mark.parametrize("power", [2.0, 2.4])

@@ -57,6 +57,47 @@ void tile_bf16(std::int64_t pairs, const std::uint32_t* a, std::int64_t lda, con
 }
 #endif
 
+void widen_add(std::int64_t rows, std::int64_t columns, const float* c, std::int64_t ldc, double* h,
+               std::int64_t ldh) {
+  for (std::int64_t i = 0; i < rows; ++i, c += ldc, h += ldh)
+    for (std::int64_t j = 0; j < columns; ++j) h[j] += static_cast<double>(c[j]);
+}
+
+namespace {
+
+inline double root(double x) {
+#if defined(__x86_64__)
+  return _mm_cvtsd_f64(_mm_sqrt_pd(_mm_set1_pd(x)));
+#else
+  return __builtin_sqrt(x);
+#endif
+}
+
+}  // namespace
+
+void cholesky_f64(std::int64_t n, double* x, bool* positive) {
+  for (std::int64_t j = 0; j < n; ++j) {
+    double* column = x + j * n;
+    for (std::int64_t i = j / kNrF64 * kNrF64; i < n; i += kNrF64) {
+      VD sum[kVectors];
+      for (int v = 0; v < kVectors; ++v) sum[v] = load<VD>(column + i + v * kF64);
+      for (std::int64_t m = 0; m < j; ++m) {
+        const VD factor = broadcast<VD>(-x[m * n + j]);
+        for (int v = 0; v < kVectors; ++v)
+          sum[v] = fma(factor, load<VD>(x + m * n + i + v * kF64), sum[v]);
+      }
+      for (int v = 0; v < kVectors; ++v) store(column + i + v * kF64, sum[v]);
+    }
+    const double pivot = column[j];
+    if (!(pivot > 0.0 && pivot <= __DBL_MAX__)) {
+      *positive = false;
+      return;
+    }
+    const double diagonal = root(pivot);
+    for (std::int64_t i = j; i < n; ++i) column[i] = i == j ? diagonal : column[i] / diagonal;
+  }
+}
+
 void solve_lower_f64(std::int64_t n, const double* lower, double* x) {
   for (std::int64_t j = 0; j < n; ++j) {
     VD sum[kVectors];

@@ -4,7 +4,6 @@
 // diagonal block is factored, the rows below are solved. Work is kept negated (-H + L L^T), because
 // the tile adds. Lower triangle only, as row panels [column][nr] that end with their own block:
 // k^2/2 doubles.
-#include <cmath>
 #include <vector>
 
 #include "core/parallel.h"
@@ -16,7 +15,7 @@ namespace bitwright {
 namespace {
 
 constexpr Index kPanelsPerBlock = 4;
-constexpr Index kChain = 256;  // columns of a tile call: its operands stay in L1 and L2
+constexpr Index kChain = 128;  // columns of a tile call: its right operand stays in L1
 
 class Cholesky {
  public:
@@ -26,7 +25,8 @@ class Cholesky {
         block_(kPanelsPerBlock * nr_),
         offsets_(panel_offsets()),
         work_(offsets_.back(), true),
-        lower_(block_ * block_) {}
+        lower_(block_ * block_),
+        columns_(block_ * block_, true) {}
 
   template <class At>
   void load(const At& at) {
@@ -83,24 +83,26 @@ class Cholesky {
       }
   }
 
-  // Plain Cholesky of the diagonal block, in place and into lower_; past the end of H the unit
-  // matrix.
+  // The diagonal block, in place and into lower_; past the end of H the unit matrix.
   bool factor_diagonal(Index first) {
     for (Index i = 0; i < block_; ++i)
-      for (Index j = 0; j <= i; ++j) {
-        double* place = at_((first + i) / nr_, first + j) + (first + i) % nr_;
-        double sum = first + i < k_ ? -*place : (i == j ? 1.0 : 0.0);
-        for (Index m = 0; m < j; ++m)
-          sum = std::fma(-lower_[i * block_ + m], lower_[j * block_ + m], sum);
-        if (i == j && !(sum > 0.0 && std::isfinite(sum))) return false;
-        *place = lower_[i * block_ + j] = i == j ? std::sqrt(sum) : sum / lower_[j * block_ + j];
-      }
-    return true;
+      for (Index j = 0; j <= i; ++j)
+        columns_[j * block_ + i] = first + i < k_ ? -*place(first, i, j) : (i == j ? 1.0 : 0.0);
+    bool positive = true;
+    table().cholesky_f64(block_, columns_.get(), &positive);
+    for (Index i = 0; i < block_; ++i)
+      for (Index j = 0; j <= i; ++j)
+        *place(first, i, j) = lower_[i * block_ + j] = columns_[j * block_ + i];
+    return positive;
+  }
+
+  double* place(Index first, Index i, Index j) {
+    return at_((first + i) / nr_, first + j) + (first + i) % nr_;
   }
 
   Index k_, nr_, block_;
   std::vector<Index> offsets_;
-  Buffer<double> work_, lower_;
+  Buffer<double> work_, lower_, columns_;
 };
 
 }  // namespace

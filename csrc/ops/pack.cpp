@@ -2,6 +2,7 @@
 #include "core/check.h"
 #include "core/parallel.h"
 #include "ops.h"
+#include "ops/bitstream.h"
 
 namespace bitwright {
 
@@ -30,21 +31,10 @@ void pack(In<std::uint8_t> codes, int bits, Out<std::uint32_t> words) {
   const std::uint8_t all = std::uint8_t(0xFF >> (8 - bits));
   each_row(codes.rows(), [&](Index r) {
     const std::uint8_t* from = codes.data() + r * codes.outerStride();
-    std::uint32_t* to = words.data() + r * words.outerStride();
-    std::uint64_t window = 0;
-    int filled = 0;
-    for (Index i = 0; i < codes.cols(); ++i) {
+    for (Index i = 0; i < codes.cols(); ++i)
       require(from[i] <= all, "[pack] code ", int(from[i]), " at (", r, ", ", i,
               ") does not fit in ", bits, " bits");
-      window |= static_cast<std::uint64_t>(from[i]) << filled;
-      filled += bits;
-      if (filled >= 32) {
-        *to++ = static_cast<std::uint32_t>(window);
-        window >>= 32;
-        filled -= 32;
-      }
-    }
-    if (filled > 0) *to = static_cast<std::uint32_t>(window);
+    write_bits(from, codes.cols(), bits, words.data() + r * words.outerStride());
   });
 }
 

@@ -15,6 +15,7 @@ namespace bitwright {
 namespace {
 
 constexpr Index kChunk = 512;
+constexpr Index kDepth = 128;        // of it at a time: a right operand in half of L1
 constexpr Index kPanelsPerTask = 8;  // right operands of a task: about L2
 constexpr Index kRowsPerTask = 96;   // a multiple of every mr
 
@@ -71,6 +72,11 @@ struct Pairs {
   }
 };
 
+inline void prefetch(const double* from, Index count) {
+  constexpr Index kLine = 8;
+  for (Index i = 0; i < count; i += kLine) __builtin_prefetch(from + i, 1, 2);
+}
+
 template <class Layout, class T>
 void fill_panels(In<T> x, bool bf16, Index first, Index rows, typename Layout::Word* panels) {
   const Index k = x.cols(), nr = table().nr_f32;
@@ -80,19 +86,23 @@ void fill_panels(In<T> x, bool bf16, Index first, Index rows, typename Layout::W
   });
 }
 
-// h[row0 .. row1) of one column panel += left^T right; both are panels.
+// h[row0 .. row1) of one column panel += left^T right; both are panels. What the chains reach after
+// kDepth rows waits in c, so that the right operand stays in L1; h is fetched meanwhile.
 template <class Layout>
 void add_tiles(const typename Layout::Word* left, const typename Layout::Word* right, Index depth,
-               Index row0, Index row1, Index panel, Out<double> h) {
+               Index row0, Index row1, Index panel, float* c, Out<double> h) {
   const Index nr = table().nr_f32, mr = table().mr_f32, column = panel * nr;
-  Buffer<float> c(mr * nr);
-  for (Index i = row0; i < row1; i += mr) {
-    std::fill(c.get(), c + mr * nr, 0.0F);
-    Layout::tile(depth, left + (i / nr) * depth * nr + i % nr, right + panel * depth * nr, c.get());
-    for (Index a = 0; a < std::min(mr, h.rows() - i); ++a)
-      for (Index b = 0; b < std::min(nr, h.cols() - column); ++b)
-        h(i + a, column + b) += static_cast<double>(c[a * nr + b]);
-  }
+  const Index width = std::min(nr, h.cols() - column);
+  std::fill(c, c + kRowsPerTask * nr, 0.0F);
+  for (Index p = 0; p < depth; p += kDepth)
+    for (Index i = row0; i < row1; i += mr) {
+      if (p + kDepth >= depth)
+        for (Index a = i; a < std::min(i + mr, h.rows()); ++a) prefetch(&h(a, column), width);
+      Layout::tile(std::min(kDepth, depth - p), left + (i / nr * depth + p) * nr + i % nr,
+                   right + (panel * depth + p) * nr, c + (i - row0) * nr);
+    }
+  const Index rows = std::min(ceil_div(row1 - row0, mr) * mr, h.rows() - row0);
+  if (rows > 0) table().widen_add(rows, width, c, nr, &h(row0, column), h.outerStride());
 }
 
 // left[i] -= right[i] over a chunk's panels.
@@ -134,9 +144,11 @@ void add_products(const Change<T>* change, In<T> x, bool bf16, Out<double> h) {
     parallel_for(across * down, [&](Index task) {
       const Index row0 = task % down * kRowsPerTask, panel0 = task / down * kPanelsPerTask;
       const Index row1 = std::min(h.rows(), row0 + kRowsPerTask);
+      if (change == nullptr && row0 >= (panel0 + kPanelsPerTask) * nr) return;
+      Buffer<float> c(kRowsPerTask * nr);
       for (Index p = panel0; p < std::min(panels, panel0 + kPanelsPerTask); ++p)
         add_tiles<Layout>(other, right.get(), depth, row0,
-                          change == nullptr ? std::min(row1, (p + 1) * nr) : row1, p, h);
+                          change == nullptr ? std::min(row1, (p + 1) * nr) : row1, p, c.get(), h);
     });
   }
 }

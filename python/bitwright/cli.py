@@ -2,6 +2,7 @@
 
     bitwright quantize SRC OUT      bitwright plan SRC          bitwright eval BASE QUANT
     bitwright inspect PATH          bitwright convert OUT OUT2  bitwright demo [OUT]
+    bitwright bench
 
 Exit codes: 0 done; 1 a bug (please report it); 2 wrong usage or unusable input; 3 refused: a
 format or method cannot do what was asked; 4 a computation broke down, or --strict met a fallback;
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitwright.bench import command as bench
 from bitwright.deferred import Deferred
 from bitwright.spec import (
     METHODS,
@@ -152,14 +154,16 @@ Profile = Annotated[bool, typer.Option("--profile", help="Where each block's tim
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no tables.")]
 
 
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors made on purpose become one line and an exit code; Ctrl-C ends cleanly."""
+def guarded(command: Callable[..., None], models: bool = True) -> Callable[..., None]:
+    """Errors made on purpose become one line and an exit code; Ctrl-C ends cleanly. models: the
+    command needs transformers, which are told to be quiet."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+            if models:
+                transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+                transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
             command(*args, **kwargs)
         except BitwrightError as error:
             typer.echo(f"bitwright: {error}", err=True)
@@ -377,6 +381,9 @@ def demo_command(
     printer.json([vars(row) | {"evaluation": row.evaluation.to_dict()} for row in rows])
     printer.line()
     printer.plain("; ".join(papers.load_lines(out, checkpoint.Checkpoint(out))))
+
+
+app.command(name="bench")(guarded(bench.run, models=False))
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from bitwright import clock
 from bitwright.spec import InputError
 
 if TYPE_CHECKING:
+    from bitwright.bench.measure import Measured
     from bitwright.demo import Shown
     from bitwright.evaluate import Evaluation
     from bitwright.inspection import Inspection
@@ -313,3 +314,57 @@ def demo(to: Printer, rows: Sequence[Shown]) -> None:
             for row in rows
         ],
     )
+
+
+def _rate(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def bench(to: Printer, found: Measured) -> None:
+    """What `bitwright bench` prints."""
+    about = found.machine
+    to.line(f"{about['processor']}, {about['cpus']} CPUs, {about['isa']}; load {found.load:.1f}")
+    to.table(
+        ("peak", "float32", "float64", "bf16 pairs", "read"),
+        [
+            (
+                f"{p.threads} thread{'s' * (p.threads > 1)}",
+                *(f"{_rate(x)} GFLOP/s" for x in (p.float32, p.float64, p.bfloat16)),
+                f"{p.read:.1f} GB/s",
+            )
+            for p in found.peaks
+        ],
+    )
+    for peak in found.peaks:
+        to.line()
+        _bench_table(to, found, peak.threads)
+    to.line()
+    for note in found.notes:
+        to.line(note)
+
+
+def _bench_table(to: Printer, found: Measured, threads: int) -> None:
+    rows: dict[str, dict[str, Any]] = {}
+    for one in found.times:
+        if one.threads == threads:
+            rows.setdefault(one.op, {})[one.who] = one
+    rivals = ("torch highest", "torch medium", "torch bfloat16", "OpenBLAS", "Eigen")
+    lines = []
+    for op, who in rows.items():
+        ours = who["bitwright"]
+        others = [who[name].rate if name in who else None for name in rivals]
+        best = max((rate for rate in others if rate is not None), default=None)
+        lines.append(
+            (
+                f"{op}, {ours.shape}",
+                f"{ours.seconds:.3f}" if ours.seconds < 10 else f"{ours.seconds:.1f}",
+                _rate(ours.rate),
+                f"{100 * ours.share:.0f} %",
+                *map(_rate, others),
+                "-" if best is None else f"{ours.rate / best:.2f} x",
+            )
+        )
+    heads = [f"{threads} thread{'s' * (threads > 1)}", "seconds", "rate", "of peak"]
+    to.table((*heads, *(name.replace("bfloat16", "bf16") for name in rivals), "ours / best"), lines)

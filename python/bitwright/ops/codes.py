@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from bitwright import _core
 from bitwright.ops.arrays import (
@@ -13,6 +15,7 @@ from bitwright.ops.arrays import (
     check_bits,
     core_grid,
     fit_settings,
+    floats,
     matrix,
     parts,
     steps_in,
@@ -38,6 +41,28 @@ def pack(codes: U8, bits: int) -> U32:
     )
     _core.pack(codes, bits, words)
     return words
+
+
+def round_pack(W: npt.NDArray[Any], scheme: Scheme) -> tuple[U32, F32, U8 | F32]:
+    """Words, scales and zero points of W (n, k), float32, float16 or bfloat16, rounded to nearest:
+    `fit` without a search, `encode` and `pack` in one, with no array of floats or codes between.
+    Integer schemes by group or channel, with zero points and scales of one level."""
+    W = floats("round_pack", W)
+    if not scheme.plain or scheme.group == -1 or scheme.scale == "e4m3":
+        raise InputError(
+            f"[round_pack] wanted a plain integer scheme by group or channel, got {scheme.name}"
+        )
+    n, k = W.shape
+    settings = fit_settings(scheme, k, False)
+    scales = np.empty((n, scheme.groups(k)), np.float32)
+    zeros = np.empty(scales.shape, np.float32)
+    words = np.empty((n, -(-k * scheme.bits // 32)), np.uint32)
+    if W.dtype == np.float32:
+        _core.round_pack_f32(W, settings, scales, zeros, words)
+    else:
+        bf16 = W.dtype == BFLOAT16
+        _core.round_pack_u16(W.view(np.uint16), bf16, settings, scales, zeros, words)
+    return words, scales, zeros_out(zeros, scheme)
 
 
 def unpack(words: U32, bits: int, k: int) -> U8:
