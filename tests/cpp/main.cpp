@@ -22,10 +22,9 @@ int main() {
   const struct {
     const char* name;
     void (*run)();
-  } tests[] = {{"parallel", parallel}, {"codes", codes},     {"scales", scales},
-               {"sums", sums},         {"factors", factors}, {"solve", solve},
-               {"awq", awq},           {"linear", linear},   {"packed", packed},
-               {"large", large}};
+  } tests[] = {{"parallel", parallel}, {"codes", codes}, {"scales", scales}, {"sums", sums},
+               {"factors", factors},   {"solve", solve}, {"awq", awq},       {"linear", linear},
+               {"packed", packed},     {"large", large}};
   for (const auto& test : tests) {
     const int before = passed.load();
     try {
