@@ -13,6 +13,8 @@ Below the module path P of a linear (n, k), b bits, G groups in a row:
                     the scheme's bits per weight count scale_bits
     P.global_scale  fp32 (1,)                   e4m3 only: scales are stored values divided by it
     P.shape         int64 (2,)                  n, k
+    P.order         int32 (k,)                  of modules in the config's "ordered" only: column
+                    order[j] of the matrix is column j of the codes
     w = (code - zero) * scale, of a table (fp4, nf4) level[code] * scale, of offset schemes
         code * scale - zero
 
@@ -143,10 +145,16 @@ def write(name: str, q: QTensor, dtype: np.dtype[Any]) -> dict[str, Array]:  # n
         tensors[f"{name}.steps"] = q.steps.astype(STORED[q.scheme.scale])
     if q.scheme.scale == "e4m3":
         tensors[f"{name}.global_scale"] = np.array([q.global_scale], np.float32)
+    if q.order is not None:
+        tensors[f"{name}.order"] = q.order
     return tensors
 
 
-def scheme(name: str, config: Mapping[str, Any]) -> Scheme:
+def scheme(
+    name: str,
+    config: Mapping[str, Any],
+    get: Getter | None = None,  # noqa: ARG001
+) -> Scheme:
     """The scheme of a module."""
     named = config.get("schemes") or {}
     wanted = named.get(name, config.get("scheme")) if isinstance(named, Mapping) else None
@@ -161,8 +169,10 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     if size.shape != (2,) or size.dtype.kind != "i" or (size < 1).any():
         raise InputError(f"[bitwright] wanted n and k in {name}.shape, got {size.tolist()}")
     n, k = int(size[0]), int(size[1])
-    tensors = fetch(get, layout(name, (n, k), wanted, ops.BFLOAT16))
-    whole = 1.0
+    expected = layout(name, (n, k), wanted, ops.BFLOAT16)
+    if name in (config.get("ordered") or ()):
+        expected[f"{name}.order"] = (np.dtype(np.int32), (k,))
+    tensors, whole = fetch(get, expected), 1.0
     if wanted.scale == "e4m3":
         whole = float(tensors[f"{name}.global_scale"][0])
         if not 0.0 < whole < np.inf:
@@ -181,7 +191,7 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
         middle = 1 << (wanted.bits - 1) if wanted.grid.uniform else 0
         zeros = np.full((n, groups), middle, np.uint8)
     zeros = zeros.astype(np.float32) if wanted.offset else zeros
-    return QTensor(codes, scales, zeros, wanted, whole, steps)
+    return QTensor(codes, scales, zeros, wanted, whole, steps, tensors.get(f"{name}.order"))
 
 
 def quantized(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:  # noqa: ARG001
