@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "bitwright"
 LOW = {"spec", "registry", "files", "progress"}
 RESULT = LOW | {"ops", "schemes", "recipe", "formats", "archs"}
-TORCH = {"calib", "pipeline", "module", "evaluate", "plan"}
+TORCH = {"calib", "hf", "pipeline", "module", "evaluate", "plan"}
 
 # room -> rooms it may import; a room is a module or a package directly under bitwright.
 ARROWS = {
@@ -31,6 +31,7 @@ ARROWS = {
     "formats": {"spec", "registry", "schemes", "ops", "files", "archs"},
     "matrix": {"spec", "registry", "schemes", "ops"},
     "calib": {"spec", "ops", "files"},
+    "hf": {"spec", "schemes", "recipe", "ops", "files", "formats", "calib", "matrix"},
     "report": {"spec"},
     "card": {"report"},
     "papers": {"spec", "registry", "files", "export", "report", "card"},
@@ -54,6 +55,7 @@ FREE = {
     "cli",
     "show",
     "demo",
+    "talk",
 }  # the front doors: everything above
 SIBLINGS = {"grids", "solvers", "transforms", "archs"}
 

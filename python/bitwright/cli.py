@@ -2,6 +2,7 @@
 
     bitwright quantize SRC OUT      bitwright plan SRC          bitwright eval BASE QUANT
     bitwright inspect PATH          bitwright convert OUT OUT2  bitwright demo [OUT]
+    bitwright generate OUT          bitwright chat OUT
 
 Exit codes: 0 done; 1 a bug (please report it); 2 wrong usage or unusable input; 3 refused: a
 format or method cannot do what was asked; 4 a computation broke down, or --strict met a fallback;
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitwright import talk
 from bitwright.deferred import Deferred
 from bitwright.spec import (
     METHODS,
@@ -372,6 +374,10 @@ def demo_command(
     printer.json([vars(row) | {"evaluation": row.evaluation.to_dict()} for row in rows])
     printer.line()
     printer.plain("; ".join(papers.load_lines(out, checkpoint.Checkpoint(out))))
+
+
+for _command in (talk.generate, talk.chat):
+    app.command()(guarded(_command))
 
 
 def main() -> None:
