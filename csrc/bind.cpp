@@ -44,6 +44,13 @@ PYBIND11_MODULE(_core, m) {
            arg("grid"), arg("group"), arg("symmetric"), arg("zero_min"), arg("scale_grid"),
            arg("global_scale"), arg("power"), arg("search"), arg("zero_span"), arg("negative"),
            arg("block"), arg("scale_bits"));
+  py::class_<PanelLayout>(m, "PanelLayout")
+      .def(py::init(&panel_layout), arg("grid"), arg("k"), arg("group"), arg("symmetric"),
+           arg("scale"))
+      .def_readonly("bytes", &PanelLayout::bytes);
+  py::class_<Packed>(m, "Packed")
+      .def(py::init<In<std::uint8_t>, Index, const PanelLayout&>(), as_is("panels"), arg("n"),
+           arg("layout"), py::keep_alive<1, 2>());
 
   m.def("isa", [] { return std::string(table().isa); });
   m.def("levels", &levels);
@@ -87,4 +94,16 @@ PYBIND11_MODULE(_core, m) {
         as_is("scales"), as_is("zeros"), Free());
   m.def("qlinear", &qlinear, as_is("x"), as_is("codes"), as_is("scales"), as_is("zeros"),
         arg("group"), as_is("y"), Free());
+  m.def("pack_linear", &pack_linear, as_is("codes"), as_is("scales"), as_is("zeros"), arg("bits"),
+        arg("layout"), as_is("panels"), Free());
+  m.def("unpack_linear", &unpack_linear, as_is("panels"), arg("layout"), as_is("codes"),
+        as_is("scales"), as_is("zeros"), Free());
+  m.def("linear_f32", &linear_f32, as_is("x"), arg("weights"), arg("fast"), arg("per_token"),
+        as_is("y"), Free());
+  m.def("linear_u16", &linear_u16, as_is("x"), arg("weights"), arg("fast"), arg("per_token"),
+        as_is("y"), Free());
+  m.def("chain_f32", &chain_f32, arg("rounds"), arg("a"), arg("b"), as_is("x"), Free());
+  m.def("chain_f64", &chain_f64, arg("rounds"), arg("a"), arg("b"), as_is("x"), Free());
+  m.def("chain_bf16", &chain_bf16, arg("rounds"), arg("a"), arg("b"), as_is("x"), Free());
+  m.def("word_sum", &word_sum, as_is("x"), as_is("sums"), Free());
 }

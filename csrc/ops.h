@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/view.h"
+#include "kernels/packed.h"
 
 namespace bitwright {
 
@@ -120,5 +121,40 @@ void awq_clip(In<float> w, In<double> h, const FitSettings& settings, InVec<floa
 // y (t, n) = x (t, k) W^T with W = decode(codes, ...), float32, k ascending.
 void qlinear(In<float> x, In<std::uint8_t> codes, In<float> scales, In<float> zeros, Index group,
              Out<float> y);
+
+// How a matrix of `grid` lies in panels of 16 rows (kernels/packed.h), its scales (and offsets)
+// kept as `scale` words: "bf16" | "fp16" | "fp32"; and one that does, the caller's memory.
+PanelLayout panel_layout(const Grid& grid, Index k, Index group, bool symmetric,
+                         const std::string& scale);
+struct Packed {
+  const std::uint8_t* panels;
+  Index n;
+  PanelLayout layout;
+  Packed(In<std::uint8_t> bytes, Index rows, const PanelLayout& how);
+};
+// Rows of a matrix to panels (ceil(rows / 16), layout.bytes), and back. Refused: codes above `bits`
+// bits, scales and offsets that are no such words, zero points that a symmetric scheme has not.
+void pack_linear(In<std::uint8_t> codes, In<float> scales, In<float> zeros, int bits,
+                 const PanelLayout& layout, Out<std::uint8_t> panels);
+void unpack_linear(In<std::uint8_t> panels, const PanelLayout& layout, Out<std::uint8_t> codes,
+                   Out<float> scales, Out<float> zeros);
+// y_i (t, n_i) = x (t, k) W_i^T, one behind the other in y. Exact: W dequantized to float32, one
+// multiply-add chain, k ascending. fast: x as int8, codes times scales of the largest |x| / 127 of
+// a segment (128 columns of a group at most), or per_token, sums in integers over a segment (1024
+// columns at most per token), of which y is a chain, ascending; levels of tables as multiples of
+// the smallest positive one where they are, else of the largest / 127. u16: bf16.
+void linear_f32(In<float> x, const std::vector<const Packed*>& weights, bool fast, bool per_token,
+                OutVec<float> y);
+void linear_u16(In<std::uint16_t> x, const std::vector<const Packed*>& weights, bool fast,
+                bool per_token, OutVec<std::uint16_t> y);
+
+// What the machine can do at most, measured by `bitwright bench`. x = x a + b, `rounds` times in
+// registers for each element, 2 operations each; of bf16 pairs x = x + a b + a b with a and b
+// rounded to bf16, 4 operations (refused where the level has no such product). Columns are a
+// multiple of 1536 bytes. sums (r): of each row's words modulo 2^64, one read of x.
+void chain_f32(Index rounds, double a, double b, Out<float> x);
+void chain_f64(Index rounds, double a, double b, Out<double> x);
+void chain_bf16(Index rounds, double a, double b, Out<float> x);
+void word_sum(In<std::uint64_t> x, OutVec<std::uint64_t> sums);
 
 }  // namespace bitwright

@@ -28,6 +28,8 @@ W, X, H = weights(N, K), inputs(T, K), hessian(K)
 R = ops.factor(H)[0]
 ORDER = np.arange(K, dtype=np.int32)
 COLUMN = np.linspace(0.5, 2, K, dtype=np.float32)
+CHAINS = np.ones((2, ops.CHAINS), np.float32)
+WORDS_READ = np.arange(N * K, dtype=np.uint64).reshape(N, K)
 SUMS = {
     "absolute": np.zeros(K),
     "abs_max": np.zeros(K, np.float32),
@@ -106,6 +108,8 @@ CASES: dict[str, Case] = {
         free=("W", "factors"),
     ),
     "qlinear": Case(quantized(ops.qlinear), {"X": X, **Q}, free=("X",)),
+    "chain": Case(lambda x: ops.chain(x, 3, 0.5, 1.0), {"x": CHAINS}, free=("x",)),
+    "word_sum": Case(ops.word_sum, {"x": WORDS_READ}, free=("x",)),
 }
 INPUTS = [(op, name) for op, case in CASES.items() for name in case.arrays]
 OUTPUTS = [(op, name) for op, case in CASES.items() for name in case.sums or {}]
@@ -192,8 +196,8 @@ def test_wrong_shape(op: str, name: str) -> None:
     wrong = [np.concatenate([x, x[..., -9:]], -1), x[..., : x.shape[-1] // 2]]
     if x.ndim == 2 and (name not in case.free) and (op, name) not in {*WORDS, ("unpack", "words")}:
         wrong += [np.concatenate([x, x[-1:]]), x[:0]]
-    if op == "pack" or name == "factors":
-        wrong = []  # any matrix of codes, any number of factors
+    if op in ("pack", "word_sum") or name == "factors":
+        wrong = []  # any matrix of codes or words, any number of factors
     for other in wrong:
         refused(op, **{name: other})
 
@@ -245,7 +249,7 @@ NANS = [
     ("awq_clip", "factors"),
 ]
 PASSED_ON = {("decode", "scales"), ("qlinear", "scales"), ("qlinear", "X"), *WORDS}
-PASSED_ON |= {("cross", "before"), ("cross", "X")}
+PASSED_ON |= {("cross", "before"), ("cross", "X"), ("chain", "x")}
 
 
 def test_every_float_input_has_an_answer_to_nan() -> None:

@@ -43,7 +43,7 @@ SAME = ("avx2", "avx512", "avx512bf16")
 
 
 def stripped(name: str) -> str:
-    return re.sub(r"_(f32|u16)$", "", name)
+    return re.sub(r"_(f32|f64|u16|bf16)$", "", name)
 
 
 def declared() -> set[str]:
@@ -222,6 +222,15 @@ def run_awq_clip() -> list[Any]:
 
 def run_qlinear() -> list[Any]:
     return [ops.qlinear(inputs(13, K), QTensor(*random_codes(N, K, problem()[0]), problem()[0]))]
+
+
+def run_chain() -> list[Any]:
+    x = rng("chain").standard_normal((5, 768))
+    return [ops.chain(x, 9, 0.7, 0.1), ops.chain(x.astype(np.float32), 9, 0.7, 0.1)]
+
+
+def run_word_sum() -> list[Any]:
+    return [ops.word_sum(rng("words").integers(0, 2**64, (5, 1003), np.uint64))]
 
 
 CASES: dict[str, Callable[[], list[Any]]] = {

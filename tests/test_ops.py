@@ -17,7 +17,7 @@ import pytest
 
 import ref
 from bitwright import ops
-from bitwright.spec import NumericalError, QTensor, Scheme
+from bitwright.spec import InputError, NumericalError, QTensor, Scheme
 from problems import (
     DOUBLE,
     FUSED,
@@ -34,6 +34,7 @@ from problems import (
 )
 from ref.awq_clip import awq_clip
 from ref.awq_scale import awq_scale, errors
+from ref.chain import chain
 from ref.column_stats import column_stats
 from ref.cross import cross
 from ref.decode import decode
@@ -50,6 +51,7 @@ from ref.qlinear import qlinear
 from ref.quadratic import quadratic
 from ref.refine import damped, refine
 from ref.unpack import unpack
+from ref.word_sum import word_sum
 
 BITS = range(1, 9)
 KINDS = list(product((True, False), ("group", "channel", "tensor")))
@@ -378,3 +380,31 @@ def test_twin_qlinear(bits: int, symmetric: bool) -> None:
         X = inputs(t, k)
         want = qlinear(X, q.codes, q.scales, q.zeros, s.columns(k), FUSED)
         assert_equal([ops.qlinear(X, q)], [want])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_twin_chain(rows: int) -> None:
+    x = rng("chain", rows).standard_normal((rows, 2 * ops.CHAINS)).astype(np.float32)
+    assert_equal([ops.chain(x, 7, 0.9, 0.3)], [chain(x, 7, 0.9, 0.3, fused=FUSED)])
+    whole = np.rint(64 * x.astype(np.float64))  # small integers: every step is exact
+    assert_equal([ops.chain(whole, 7, -2.0, 5.0)], [chain(whole, 7, -2.0, 5.0)])
+    if not ops.isa().endswith("bf16"):
+        with pytest.raises(InputError, match="no product of bf16 pairs"):
+            ops.chain(x, 7, 1.0, 1.0, pairs=True)
+        return
+    small = whole.astype(np.float32)
+    assert_equal([ops.chain(small, 7, 3.0, -2.0, pairs=True)], [chain(small, 7, 3.0, -2.0, True)])
+    assert_equal([ops.chain(x, 0, 3.0, -2.0)], [x])
+
+
+def test_chain_refuses_part_of_a_block() -> None:
+    with pytest.raises(InputError, match="multiple of 384 columns, got 383"):
+        ops.chain(np.ones((1, 383), np.float32), 1, 1.0, 1.0)
+    with pytest.raises(InputError, match="rounds from 0 on, got -1"):
+        ops.chain(np.ones((1, 384), np.float32), -1, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(0, 5), (1, 0), (1, 1), (3, 63), (5, 64), (2, 1001)])
+def test_twin_word_sum(rows: int, count: int) -> None:
+    x = rng("words", rows, count).integers(0, 2**64, (rows, count), np.uint64)
+    assert_equal([ops.word_sum(x)], [word_sum(x)])

@@ -2,6 +2,11 @@
 #include "kernels/dispatch.h"
 
 #include <cstdlib>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 #include "core/check.h"
 
@@ -23,11 +28,16 @@ bool runs(const std::string& isa) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
   if (isa == "avx2") return avx2;
-  if (isa == "avx512bf16") return runs("avx512") && __builtin_cpu_supports("avx512bf16");
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (isa == "avxvnni") return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+  if (isa == "avx512vnni") return runs("avx512") && __builtin_cpu_supports("avx512vnni");
+  if (isa == "avx512bf16") return runs("avx512vnni") && __builtin_cpu_supports("avx512bf16");
   if (isa == "avx512")
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512cd");
+#elif defined(__aarch64__) && defined(__linux__)
+  if (isa == "dotprod") return (getauxval(AT_HWCAP) >> 20 & 1) != 0;  // HWCAP_ASIMDDP
 #endif
   return false;
 }

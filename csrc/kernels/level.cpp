@@ -17,7 +17,7 @@ static_assert(kNrF32 % kMrF32 == 0 && kNrF64 % kMrF64 == 0, "a tile must not str
 
 extern const Table kTable;
 const Table kTable = {
-    BITWRIGHT_STRING(BITWRIGHT_ISA_NAME), kMrF32, kNrF32, kMrF64, kNrF64,
+    BITWRIGHT_STRING(BITWRIGHT_ISA_NAME), kMrF32, kNrF32, kMrF64, kNrF64, kDotTokens,
 #define KERNEL(name, arguments) name,
 #define KERNEL_OR_NULL(name, arguments) BITWRIGHT_BF16_DOT(name),
 #include "kernels/kernels.def"

@@ -17,13 +17,13 @@
 namespace bitwright::BITWRIGHT_ISA_NAME {
 
 #if defined(__AVX512F__)
-inline constexpr int kBytes = 64, kMrF32 = 8, kMrF64 = 8;
+inline constexpr int kBytes = 64, kMrF32 = 8, kMrF64 = 8, kDotTokens = 12;
 #elif defined(__AVX2__)
-inline constexpr int kBytes = 32, kMrF32 = 4, kMrF64 = 4;
+inline constexpr int kBytes = 32, kMrF32 = 4, kMrF64 = 4, kDotTokens = 4;
 #elif defined(__aarch64__)
-inline constexpr int kBytes = 16, kMrF32 = 6, kMrF64 = 6;
+inline constexpr int kBytes = 16, kMrF32 = 6, kMrF64 = 6, kDotTokens = 8;
 #else
-inline constexpr int kBytes = 16, kMrF32 = 4, kMrF64 = 3;
+inline constexpr int kBytes = 16, kMrF32 = 4, kMrF64 = 3, kDotTokens = 4;
 #endif
 inline constexpr int kVectors = 3;  // vectors side by side in a panel
 

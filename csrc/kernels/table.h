@@ -4,13 +4,14 @@
 
 #include <cstdint>
 
+#include "kernels/packed.h"
 #include "kernels/types.h"
 
 namespace bitwright {
 
 struct Table {
   const char* isa;
-  int mr_f32, nr_f32, mr_f64, nr_f64;
+  int mr_f32, nr_f32, mr_f64, nr_f64, dot_tokens;
 #define KERNEL(name, arguments) void(*name) arguments;
 #define KERNEL_OR_NULL KERNEL
 #include "kernels/kernels.def"

@@ -24,6 +24,13 @@ from bitwright.ops.codes import pack as pack
 from bitwright.ops.codes import qlinear as qlinear
 from bitwright.ops.codes import stacked as stacked
 from bitwright.ops.codes import unpack as unpack
+from bitwright.ops.linear import PackedMatrix as PackedMatrix
+from bitwright.ops.linear import linear as linear
+from bitwright.ops.linear import pack_linear as pack_linear
+from bitwright.ops.linear import unpack_linear as unpack_linear
+from bitwright.ops.probe import CHAINS as CHAINS
+from bitwright.ops.probe import chain as chain
+from bitwright.ops.probe import word_sum as word_sum
 from bitwright.ops.solve import CLIP_FACTORS as CLIP_FACTORS
 from bitwright.ops.solve import DAMPING_ATTEMPTS as DAMPING_ATTEMPTS
 from bitwright.ops.solve import FEEDBACK_FACTORS as FEEDBACK_FACTORS

@@ -1,0 +1,265 @@
+// Codes, scales and zero points into panels of 16 rows and back (kernels/packed.h). Rows are
+// independent by panels, so that a loader packs a few at a time.
+#include <cmath>
+
+#include "core/half.h"
+#include "ops.h"
+#include "ops/panel.h"
+
+namespace bitwright {
+
+namespace {
+
+constexpr Index kLine = 64;
+
+Index lines(Index bytes) { return ceil_div(bytes, kLine) * kLine; }
+
+Index word_bytes(const PanelLayout& layout) { return layout.scale == ScaleWords::kFloat32 ? 4 : 2; }
+
+Index code_bytes(const PanelLayout& layout) {
+  if (layout.width == 3) return ceil_div(layout.strips, 2) * 3 * kLine;
+  return layout.strips * layout.width / 2 * kLine;
+}
+
+// Levels as bytes: multiples of the smallest positive one where they are, else of max / 127.
+void set_levels(const std::vector<float>& levels, PanelLayout& layout) {
+  require(levels.size() <= 16, "[pack_linear] a table must have at most 16 levels, got ",
+          levels.size());
+  float least = 0.0F, most = 0.0F;
+  for (const float level : levels) {
+    if (level > 0.0F && least == 0.0F) least = level;
+    most = std::max(most, std::abs(level));
+  }
+  bool whole = least > 0.0F && most <= 127.0F * least;
+  for (const float level : levels) whole = whole && level == least * std::rint(level / least);
+  layout.unit = whole ? least : most / 127.0F;
+  layout.dot_zero = static_cast<int>(-std::rint(levels.front() / layout.unit));
+  for (std::size_t c = 0; c < levels.size(); ++c) {
+    layout.levels[c] = levels[c];
+    const int steps = static_cast<int>(std::rint(levels[c] / layout.unit));
+    layout.dot_levels[c] = static_cast<std::uint8_t>(steps + layout.dot_zero);
+  }
+}
+
+// Scales and offsets as the words of a layout.
+struct Words {
+  static bool write(const PanelLayout& layout, float value, std::uint8_t* to) {
+    if (layout.scale == ScaleWords::kFloat32) {
+      std::memcpy(to, &value, 4);
+      return std::isfinite(value);
+    }
+    std::uint16_t word = to_bf16(value);
+    if (layout.scale == ScaleWords::kFp16) {
+      const float small = std::abs(value) * 0x1p-112F;
+      std::uint32_t bits;
+      std::memcpy(&bits, &small, 4);
+      word = static_cast<std::uint16_t>((bits >> 13) | (std::signbit(value) ? 0x8000U : 0U));
+    }
+    std::memcpy(to, &word, 2);
+    return std::isfinite(value) && read(layout, to) == value;
+  }
+  static float read(const PanelLayout& layout, const std::uint8_t* from) {
+    std::uint32_t bits = 0;
+    std::memcpy(&bits, from, static_cast<std::size_t>(word_bytes(layout)));
+    if (layout.scale == ScaleWords::kFloat32) return as_float(bits);
+    const std::uint16_t word = static_cast<std::uint16_t>(bits);
+    return layout.scale == ScaleWords::kBf16 ? from_bf16(word) : from_fp16(word);
+  }
+  static const char* name(const PanelLayout& layout) {
+    if (layout.scale == ScaleWords::kFloat32) return "finite";
+    return layout.scale == ScaleWords::kBf16 ? "bf16 numbers" : "fp16 numbers";
+  }
+};
+
+void write_zero(const PanelLayout& layout, float zero, Index cell, std::uint8_t* panel) {
+  if (layout.zeros == Zeros::kMiddle) {
+    require(zero == layout.middle, "[pack_linear] zeros must all be ", layout.middle,
+            " in a symmetric scheme, got ", zero);
+  } else if (layout.zeros == Zeros::kOffsets) {
+    require(Words::write(layout, zero, panel + layout.zeros_at + cell * word_bytes(layout)),
+            "[pack_linear] zeros must be ", Words::name(layout), " as offsets, got ", zero);
+  } else {
+    panel[layout.zeros_at + cell] = static_cast<std::uint8_t>(zero);
+    require(zero >= 0.0F && zero <= 255.0F && static_cast<float>(std::uint8_t(zero)) == zero,
+            "[pack_linear] zeros must be integers from 0 to 255, got ", zero);
+  }
+}
+
+float read_zero(const PanelLayout& layout, Index cell, const std::uint8_t* panel) {
+  if (layout.zeros == Zeros::kMiddle) return layout.middle;
+  if (layout.zeros == Zeros::kBytes) return static_cast<float>(panel[layout.zeros_at + cell]);
+  return Words::read(layout, panel + layout.zeros_at + cell * word_bytes(layout));
+}
+
+// The words of a row's strip: four quads of a lane to and from the units they share.
+struct Units {
+  std::uint8_t* at[4];
+  int shift[4];
+  std::uint8_t* high;  // width 3
+  int high_shift;
+
+  Units(const PanelLayout& layout, std::uint8_t* panel, Index strip, Index lane) {
+    std::uint8_t* codes = panel + layout.codes_at + lane * 4;
+    const int width = layout.width == 3 ? 2 : layout.width, per_unit = 8 / width;
+    std::uint8_t* first = codes + strip * width / 2 * kLine;
+    if (layout.width == 3) first = codes + (strip / 2 * 3 + strip % 2) * kLine;
+    high = codes + (strip / 2 * 3 + 2) * kLine;
+    high_shift = static_cast<int>(strip % 2 * 4);
+    for (int j = 0; j < 4; ++j) {
+      at[j] = first + j / per_unit * kLine;
+      shift[j] = j % per_unit * width;
+    }
+  }
+};
+
+void put(std::uint8_t* at, std::uint32_t bits) {
+  std::uint32_t word;
+  std::memcpy(&word, at, 4);
+  word |= bits;
+  std::memcpy(at, &word, 4);
+}
+
+std::uint32_t get(const std::uint8_t* at, int shift, std::uint32_t mask) {
+  std::uint32_t word;
+  std::memcpy(&word, at, 4);
+  return word >> shift & mask;
+}
+
+void put_strip(const PanelLayout& layout, std::uint8_t* panel, Index strip, Index lane,
+               const std::uint8_t* codes) {
+  const Units units(layout, panel, strip, lane);
+  const std::uint32_t low = layout.width == 3 ? 0x03030303U : 0xFFFFFFFFU;
+  for (int j = 0; j < 4; ++j) {
+    std::uint32_t quad;
+    std::memcpy(&quad, codes + 4 * j, 4);
+    put(units.at[j], (quad & low) << units.shift[j]);
+    if (layout.width == 3) put(units.high, (quad >> 2 & 0x01010101U) << (units.high_shift + j));
+  }
+}
+
+void get_strip(const PanelLayout& layout, std::uint8_t* panel, Index strip, Index lane,
+               std::uint8_t* codes) {
+  const Units units(layout, panel, strip, lane);
+  const int width = layout.width == 3 ? 2 : layout.width;
+  const std::uint32_t mask = (0xFFU >> (8 - width)) * 0x01010101U;
+  for (int j = 0; j < 4; ++j) {
+    std::uint32_t quad = get(units.at[j], units.shift[j], mask);
+    if (layout.width == 3) quad |= get(units.high, units.high_shift + j, 0x01010101U) << 2;
+    std::memcpy(codes + 4 * j, &quad, 4);
+  }
+}
+
+void require_panels(const char* op, const PanelLayout& layout, Index rows, Index columns,
+                    Index panels, Index bytes) {
+  require(columns == layout.k && panels == ceil_div(rows, kPanelRows) && bytes == layout.bytes, "[",
+          op, "] panels must be ", ceil_div(rows, kPanelRows), " x ", layout.bytes, " for ", rows,
+          " x ", layout.k, " codes, got ", panels, " x ", bytes, " for ", rows, " x ", columns);
+}
+
+// f(strip, first column, columns) over a row.
+template <class F>
+void each_strip(const PanelLayout& layout, const F& f) {
+  for (Index s = 0; s < layout.strips; ++s) {
+    const Index g = s / layout.group_strips;
+    const Index column = g * layout.group + (s - g * layout.group_strips) * kStrip;
+    f(s, column, std::min({Index{kStrip}, (g + 1) * layout.group - column, layout.k - column}));
+  }
+}
+
+}  // namespace
+
+PanelLayout panel_layout(const Grid& grid, Index k, Index group, bool symmetric,
+                         const std::string& scale) {
+  require(k > 0 && group > 0 && group <= k, "[pack_linear] group must be 1 to k = ", k, ", got ",
+          group);
+  require(grid.bits >= 1 && grid.bits <= 8, "[pack_linear] bits must be 1 to 8, got ", grid.bits);
+  require(scale == "bf16" || scale == "fp16" || scale == "fp32",
+          "[pack_linear] scales must be kept as bf16, fp16 or fp32, got ", scale);
+  PanelLayout layout = {};
+  layout.k = k;
+  layout.group = group;
+  layout.groups = ceil_div(k, group);
+  layout.group_strips = ceil_div(group, kStrip);
+  layout.strips =
+      (layout.groups - 1) * layout.group_strips + ceil_div(k - (layout.groups - 1) * group, kStrip);
+  layout.table = !grid.levels.empty();
+  layout.width = layout.table ? 4 : grid.bits <= 2 ? 2 : grid.bits <= 4 ? grid.bits : 8;
+  layout.scale = scale == "bf16"   ? ScaleWords::kBf16
+                 : scale == "fp16" ? ScaleWords::kFp16
+                                   : ScaleWords::kFloat32;
+  layout.zeros = grid.offset ? Zeros::kOffsets : symmetric ? Zeros::kMiddle : Zeros::kBytes;
+  layout.middle = layout.table ? 0.0F : static_cast<float>(1 << (grid.bits - 1));
+  layout.dot_zero = 1 << (grid.bits - 1);
+  layout.unit = 1.0F;
+  if (layout.table) set_levels(grid.levels, layout);
+  const Index cells = layout.groups * kPanelRows;
+  layout.zeros_at = lines(cells * word_bytes(layout));
+  layout.codes_at = layout.zeros_at;
+  if (layout.zeros == Zeros::kBytes) layout.codes_at += lines(cells);
+  if (layout.zeros == Zeros::kOffsets) layout.codes_at += lines(cells * word_bytes(layout));
+  layout.bytes = layout.codes_at + code_bytes(layout);
+  return layout;
+}
+
+void pack_linear(In<std::uint8_t> codes, In<float> scales, In<float> zeros, int bits,
+                 const PanelLayout& layout, Out<std::uint8_t> panels) {
+  const Index n = codes.rows();
+  require_panels("pack_linear", layout, n, codes.cols(), panels.rows(), panels.cols());
+  require_codes("pack_linear", n, layout.k, layout.group, scales, zeros);
+  parallel_for(panels.rows(), [&](Index p) {
+    std::uint8_t* panel = panels.data() + p * panels.outerStride();
+    std::memset(panel, 0, static_cast<std::size_t>(layout.bytes));
+    for (Index lane = 0; lane < std::min<Index>(kPanelRows, n - p * kPanelRows); ++lane) {
+      const Index row = p * kPanelRows + lane;
+      for (Index g = 0; g < layout.groups; ++g) {
+        const Index cell = g * kPanelRows + lane;
+        require(Words::write(layout, scales(row, g), panel + cell * word_bytes(layout)),
+                "[pack_linear] scales must be ", Words::name(layout), ", got ", scales(row, g),
+                " at (", row, ", ", g, ")");
+        write_zero(layout, zeros(row, g), cell, panel);
+      }
+      const std::uint8_t* from = codes.data() + row * codes.outerStride();
+      std::uint8_t all = 0;
+      for (Index j = 0; j < layout.k; ++j) all |= from[j];
+      require(all >> bits == 0, "[pack_linear] codes must fit in ", bits, " bits, got ", int(all),
+              " or less in row ", row);
+      each_strip(layout, [&](Index strip, Index column, Index columns) {
+        std::uint8_t padded[kStrip] = {};
+        if (columns < kStrip) std::memcpy(padded, from + column, static_cast<std::size_t>(columns));
+        put_strip(layout, panel, strip, lane, columns < kStrip ? padded : from + column);
+      });
+    }
+  });
+}
+
+void unpack_linear(In<std::uint8_t> panels, const PanelLayout& layout, Out<std::uint8_t> codes,
+                   Out<float> scales, Out<float> zeros) {
+  const Index n = codes.rows();
+  require_panels("unpack_linear", layout, n, codes.cols(), panels.rows(), panels.cols());
+  require_codes("unpack_linear", n, layout.k, layout.group, scales, zeros);
+  parallel_for(panels.rows(), [&](Index p) {
+    std::uint8_t* panel = const_cast<std::uint8_t*>(panels.data() + p * panels.outerStride());
+    for (Index lane = 0; lane < std::min<Index>(kPanelRows, n - p * kPanelRows); ++lane) {
+      const Index row = p * kPanelRows + lane;
+      for (Index g = 0; g < layout.groups; ++g) {
+        const Index cell = g * kPanelRows + lane;
+        scales(row, g) = Words::read(layout, panel + cell * word_bytes(layout));
+        zeros(row, g) = read_zero(layout, cell, panel);
+      }
+      std::uint8_t* to = codes.data() + row * codes.outerStride();
+      each_strip(layout, [&](Index strip, Index column, Index columns) {
+        std::uint8_t padded[kStrip];
+        get_strip(layout, panel, strip, lane, padded);
+        std::memcpy(to + column, padded, static_cast<std::size_t>(columns));
+      });
+    }
+  });
+}
+
+Packed::Packed(In<std::uint8_t> bytes, Index rows, const PanelLayout& how)
+    : panels(bytes.data()), n(rows), layout(how) {
+  require_panels("linear", layout, n, layout.k, bytes.rows(), bytes.cols());
+  require(bytes.outerStride() == layout.bytes, "[linear] panels must be contiguous, got strided");
+}
+
+}  // namespace bitwright

@@ -1,0 +1,252 @@
+"""y = x W^T on panels: packing against its twin, exact mode `==` the chain, fast mode `==` the twin of
+its integer arithmetic and within the bound of int8 activations from exact.
+
+Shapes: rows and columns that fill no panel, no strip, no group; tokens around the tiles of 4 and 12.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from bitwright import ops, schemes
+from bitwright.spec import InputError, QTensor, RefusedError, Scheme
+from problems import FUSED, UNIT, assert_equal, inputs, random_codes, threads
+from ref.linear import fast, linear, step
+from ref.pack_linear import pack_linear
+from ref.qlinear import qlinear
+from ref.unpack_linear import unpack_linear
+
+NAMES = [
+    *(f"int{bits}-g32" for bits in range(1, 9)),
+    *(f"int{bits}-g64-asym" for bits in (2, 3, 4, 8)),
+    *("int4-channel", "int3-channel-asym", "int8-channel", "int4-tensor", "int2-g16", "int3-g16"),
+    *(
+        "int4-g128-fp16",
+        "int4-g10-asym",
+        "int3-g48-fp32",
+        "int4-g64-offset",
+        "int3-g32-offset-fp16",
+    ),
+    *("int8-g32-offset-fp32", "nf4-g64", "fp4-g32", "mxfp4", "nvfp4", "int4-g32-offset-fp16-8x6"),
+]
+SHAPES = [(1, 1), (5, 7), (16, 32), (17, 145), (49, 576), (100, 250)]
+TOKENS = (1, 2, 3, 4, 5, 12, 13, 29)
+WORDS = {"bf16": ml_dtypes.bfloat16, "e8m0": ml_dtypes.bfloat16, "fp16": np.float16}
+
+
+def quantized(n: int, k: int, scheme: Scheme) -> QTensor:
+    codes, scales, zeros = random_codes(n, k, scheme)
+    if scheme.block:
+        blocks = -(-scheme.groups(k) // scheme.block)
+        steps = np.full((n, 2 * blocks), 2.0**-12, np.float32)
+        units = np.float32(2.0**-12)
+        return QTensor(
+            codes,
+            np.rint(scales / units) * units,
+            np.rint(zeros / units) * units,
+            scheme,
+            1.0,
+            steps,
+        )
+    return QTensor(codes, scales, zeros, scheme, 2.0**12 if scheme.scale == "e4m3" else 1.0)
+
+
+def table_of(scheme: Scheme) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    return None if scheme.grid.uniform else (scheme.grid.values, scheme.grid.middles)
+
+
+def stored(scheme: Scheme) -> tuple[int, Any, str]:
+    """Width of a code, dtype of scales, kind of zero points."""
+    width = 4 if not scheme.grid.uniform else {1: 2, 2: 2, 3: 3, 4: 4}.get(scheme.bits, 8)
+    words = np.float32 if scheme.block else WORDS.get(scheme.scale, np.float32)
+    return width, words, "offsets" if scheme.offset else "middle" if scheme.symmetric else "bytes"
+
+
+def tokens(t: int, k: int) -> np.ndarray:
+    X = inputs(t, k)
+    X[0, : k // 3] = 0  # a segment of nothing
+    return X
+
+
+def side(q: QTensor) -> tuple[Any, ...]:
+    return q.codes, q.scales, q.zeros, q.scheme.columns(q.shape[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_twin_pack_and_unpack(name: str) -> None:
+    s = schemes.parse(name)
+    width, words, kind = stored(s)
+    for n, k in SHAPES:
+        q = quantized(n, k, s)
+        packed = ops.pack_linear(q)
+        group = s.columns(k)
+        assert_equal([packed.panels], [pack_linear(*side(q), width, words, kind)])
+        back = ops.unpack_linear(packed)
+        middle = 2 ** (s.bits - 1) if s.grid.uniform else 0
+        twin = unpack_linear(packed.panels, n, k, group, width, words, kind, middle)
+        assert_equal(twin[:1], [q.codes])
+        assert_equal([back.codes, back.scales, back.zeros], [q.codes, q.scales, q.zeros])
+        np.testing.assert_array_equal(twin[1], q.scales)
+        np.testing.assert_array_equal(twin[2], q.zeros)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_twin_linear_exact(name: str) -> None:
+    """Equal to the chain of the dequantized weights; within k u sum |x w| of the exact product."""
+    s = schemes.parse(name)
+    for n, k in SHAPES:
+        q = quantized(n, k, s)
+        packed, W = ops.pack_linear(q), q.dequantize().astype(np.float64)
+        for t in TOKENS[:: 1 if n < 49 else 3]:
+            X = tokens(t, k)
+            Y = ops.linear(X, packed)
+            assert_equal([Y], [linear(X, *side(q), FUSED, table_of(s), s.offset)])
+            size = np.abs(X).astype(np.float64) @ np.abs(W).T
+            assert np.all(np.abs(Y - X.astype(np.float64) @ W.T) <= 2 * (k + 1) * UNIT * size)
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["group", "token"])
+@pytest.mark.parametrize("name", NAMES)
+def test_twin_linear_fast(name: str, per_token: bool) -> None:
+    s = schemes.parse(name)
+    for n, k in SHAPES:
+        q = quantized(n, k, s)
+        packed = ops.pack_linear(q)
+        for t in TOKENS[:: 1 if n < 49 else 3]:
+            X = tokens(t, k)
+            Y = ops.linear(X, packed, mode="fast", activations="token" if per_token else "group")
+            want = fast(X, *side(q), s.bits, per_token, FUSED, table_of(s), s.offset)
+            assert_equal([Y], [want])
+            assert np.all(np.abs(Y - ops.linear(X, packed)) <= bound(X, q, per_token))
+
+
+def bound(X: np.ndarray, q: QTensor, per_token: bool) -> np.ndarray:
+    """sum_j |w_j| d_j / 2, of nf4 also |x_j| scale / 254; and float32 rounding."""
+    k, group = q.shape[1], q.scheme.columns(q.shape[1])
+    W = np.abs(q.dequantize().astype(np.float64))
+    if q.scheme.offset:
+        scales, zeros = (np.repeat(v, group, 1)[:, :k] for v in (q.scales, q.zeros))
+        rough = np.abs(q.codes * scales) + np.abs(zeros)
+    else:
+        rough = 2.0**q.scheme.bits * np.repeat(np.abs(q.scales), group, 1)[:, :k]
+    d = np.repeat(step(X), k, 1)
+    if not per_token:
+        for begin in range(0, k, group):
+            for a in range(begin, min(begin + group, k), 128):
+                part = slice(a, min(a + 128, begin + group, k))
+                d[:, part] = step(X[:, part])
+    limit = d.astype(np.float64) @ W.T / 2
+    if q.scheme.grid.name == "nf4":
+        limit += (np.abs(X) + d) @ np.repeat(q.scales, group, 1)[:, :k].T / 254
+    return limit + 4 * (k + 8) * UNIT * ((np.abs(X) + d).astype(np.float64) @ rough.T) + 1e-30
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_bfloat16_is_widened_and_rounded_once(mode: Any) -> None:
+    q = quantized(37, 100, schemes.parse("int4-g64"))
+    packed = ops.pack_linear(q)
+    for t in TOKENS:
+        X = inputs(t, 100).astype(ml_dtypes.bfloat16)
+        wide = ops.linear(X.astype(np.float32), packed, mode=mode)
+        assert_equal([ops.linear(X, packed, mode=mode, dtype=np.float32)], [wide])
+        assert_equal([ops.linear(X, packed, mode=mode)], [wide.astype(ml_dtypes.bfloat16)])
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_several_matrices_in_one_call(mode: Any) -> None:
+    """Of unequal rows, widths and groups: each as if it were alone."""
+    names = ["int4-g64", "int4-g64-asym", "int8-channel", "int3-g32", "nf4-g32"]
+    rows = (576, 30, 192, 1, 17)
+    packed = [
+        ops.pack_linear(quantized(n, 320, schemes.parse(s)))
+        for n, s in zip(rows, names, strict=True)
+    ]
+    for n in (1, 2, 3):
+        for t in (1, 4, 30):
+            X = inputs(t, 320)
+            with threads(n):
+                together = ops.linear(X, packed, mode=mode)
+            assert_equal(together, [ops.linear(X, one, mode=mode) for one in packed])
+            assert all(y.flags.c_contiguous for y in together)
+    assert ops.linear(X, [], mode=mode) == []
+    assert ops.linear(X[:0], packed[0], mode=mode).shape == (0, 576)
+
+
+def test_exact_is_qlinear() -> None:
+    q = quantized(97, 145, schemes.parse("int4-g64-asym"))
+    X = inputs(9, 145)
+    assert_equal([ops.linear(X, ops.pack_linear(q))], [ops.qlinear(X, q)])
+    assert_equal([ops.qlinear(X, q)], [qlinear(X, *side(q), FUSED)])
+
+
+def test_rows_packed_a_few_at_a_time() -> None:
+    q = quantized(70, 100, schemes.parse("int3-g32-asym"))
+    into = ops.PackedMatrix.empty(q.scheme, q.shape)
+    assert into.panels.ctypes.data % 64 == 0
+    for row in range(0, 70, 32):
+        rows = slice(row, min(row + 32, 70))
+        part = QTensor(q.codes[rows], q.scales[rows], q.zeros[rows], q.scheme)
+        assert ops.pack_linear(part, into, row) is into
+    assert_equal([into.panels], [ops.pack_linear(q).panels])
+    for rows, row in ((part, 8), (part, 96), (QTensor(*side(q)[:3], q.scheme), 16)):
+        with pytest.raises(InputError, match=r"wanted rows of \(70, 100\) from a multiple of 16"):
+            ops.pack_linear(rows, into, row)
+    other = quantized(70, 100, schemes.parse("int3-g32"))
+    with pytest.raises(InputError, match="wanted rows in int3-g32-asym, got int3-g32"):
+        ops.pack_linear(other, into)
+
+
+@pytest.mark.parametrize("k", [576, 1024, 4096])
+@pytest.mark.parametrize("name", ["int2-g32-asym", "int3-g64", "int4-g64", "int4-g128", "int8-g32"])
+def test_panels_are_hardly_larger_than_the_codes_and_scales(name: str, k: int) -> None:
+    s = schemes.parse(name)
+    panels, size = ops.PackedMatrix.panel_shape(s, (4096, k))
+    assert panels * size <= 1.1 * s.bits_per_weight(4096, k) * 4096 * k / 8
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_what_is_not_finite_shows(mode: Any, value: float) -> None:
+    packed = ops.pack_linear(quantized(20, 200, schemes.parse("int4-g64")))
+    for t in (1, 6):
+        for activations in ("group", "token"):
+            X = inputs(t, 200)
+            X[-1, 130] = value
+            Y = ops.linear(X, packed, mode=mode, activations=activations)
+            assert not np.isfinite(Y[-1]).any()
+            assert np.isfinite(Y[:-1]).all()
+
+
+def test_refusals() -> None:
+    s = schemes.parse("int4-g64")
+    q = quantized(20, 130, s)
+    packed, X = ops.pack_linear(q), inputs(3, 130)
+    for bad in (X.astype(np.float64), X.astype(np.float16)):
+        with pytest.raises(InputError, match="wanted X of float32 or bfloat16"):
+            ops.linear(bad, packed)
+    with pytest.raises(InputError, match=r"X must be t x 130 to match W \(20 x 130\), got 3 x 129"):
+        ops.linear(X[:, :-1], packed)
+    with pytest.raises(InputError, match="mode exact or fast and activations group or token"):
+        ops.linear(X, packed, mode="quick")  # type: ignore[call-overload]
+    for panels in (packed.panels[:-1], packed.panels[:, :-64], packed.panels.view(np.int8)):
+        with pytest.raises(InputError, match="wanted contiguous panels uint8"):
+            ops.PackedMatrix(panels, s, q.shape)
+    for damaged, sentence in (
+        ({"codes": q.codes + np.uint8(16)}, "codes must fit in 4 bits"),
+        ({"scales": q.scales + np.float32(1e-6)}, "scales must be bf16 numbers"),
+        ({"scales": q.scales * np.nan}, "scales must be bf16 numbers, got nan"),
+        ({"zeros": q.zeros + np.uint8(1)}, "zeros must all be 8 in a symmetric scheme, got 9"),
+    ):
+        arrays = {"codes": q.codes, "scales": q.scales, "zeros": q.zeros, **damaged}
+        with pytest.raises(InputError, match=sentence):
+            ops.pack_linear(QTensor(**arrays, scheme=s))
+
+
+def test_a_table_of_many_levels_is_refused() -> None:
+    grid = type(schemes.grids()["nf4"])("nf5", 5, tuple(float(v * abs(v)) for v in range(-16, 16)))
+    with pytest.raises(RefusedError, match="a table of at most 16 levels, got nf5"):
+        ops.PackedMatrix.panel_shape(Scheme(grid, 32), (16, 64))
