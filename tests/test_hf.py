@@ -294,8 +294,8 @@ thread.start()
 if how == "load":
     model = hf.load(source)
 else:
-    config = hf.BitwrightConfig("int4-g64") if how == "fly" else None
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    fly = {"quantization_config": hf.BitwrightConfig("int4-g64")} if how == "fly" else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, **fly)
 running = False
 thread.join()
 panels = sum(m.panels.numel() for m in model.modules() if isinstance(m, hf.QuantLinear))

@@ -62,7 +62,7 @@ class _Watch(TextStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
-        super().put(value)
+        super().put(value)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
         self.parts.append(text)

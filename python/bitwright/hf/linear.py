@@ -17,7 +17,7 @@ comes in where there are gradients, under torch.compile, and for tensors that ar
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,11 +26,9 @@ from torch import nn
 from bitwright import ops, schemes
 from bitwright.calib.skeleton import as_tensor
 from bitwright.formats import bitwright as own
-from bitwright.hf.product import matrix, product, quantized_linear
+from bitwright.hf.product import Activations, Mode, matrix, product, quantized_linear
 from bitwright.spec import InputError, QTensor, Scheme
 
-Mode = Literal["fast", "exact"]
-Activations = Literal["group", "token"]
 MODES, ACTIVATIONS = ("fast", "exact"), ("group", "token")
 PACKED = ("codes", "scales", "zeros")  # what the panels replace
 TORCH_TYPES: dict[np.dtype[Any], torch.dtype] = {

@@ -50,7 +50,8 @@ def load(
 
     mode: "fast" (int8 activations, a scale per token and "group" or "token") or "exact". dtype: of
     everything else; None: the checkpoint's, float32 where that is float16. attention: an
-    implementation of transformers, None: its choice. InputError or RefusedError name what is missing, misshapen or unknown.
+    implementation of transformers, None: its choice. InputError or RefusedError name what is
+    missing, misshapen or unknown.
     """
     checkpoint = Checkpoint(resolve(path))
     if not checkpoint.config.get("quantization_config"):

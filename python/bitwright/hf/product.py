@@ -7,13 +7,16 @@ and torch.compile: its gradient goes to x alone, grad W with W dequantized, one 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 
 from bitwright import ops, schemes
 from bitwright.calib.skeleton import as_tensor
 from bitwright.spec import InputError, Scheme
+
+Mode = Literal["fast", "exact"]
+Activations = Literal["group", "token"]
 
 
 @lru_cache(maxsize=256)
@@ -29,8 +32,10 @@ def matrix(
     return ops.PackedMatrix(ops.as_numpy(panels), _scheme(scheme), (n, k), whole, known)
 
 
-def product(x: torch.Tensor, packed: ops.PackedMatrix, mode: str, scales: str) -> torch.Tensor:
-    """x (..., k) times the matrix transposed, in x's dtype; scales: of fast mode's activations."""
+def product(
+    x: torch.Tensor, packed: ops.PackedMatrix, mode: Mode, activations: Activations
+) -> torch.Tensor:
+    """x (..., k) times the matrix transposed, in x's dtype."""
     n, k = packed.shape
     if x.device.type != "cpu" or x.shape[-1] != k:
         raise InputError(
@@ -38,7 +43,7 @@ def product(x: torch.Tensor, packed: ops.PackedMatrix, mode: str, scales: str) -
         )
     given = x.to(torch.float32) if x.dtype == torch.float16 else x
     rows = ops.as_numpy(given.reshape(-1, k))
-    y = as_tensor(ops.linear(rows, packed, mode=mode, activations=scales))
+    y = as_tensor(ops.linear(rows, packed, mode=mode, activations=activations))
     return y.to(x.dtype).reshape(*x.shape[:-1], n)
 
 
@@ -55,7 +60,8 @@ def quantized_linear(
     activations: str,
 ) -> torch.Tensor:
     """x (..., k) times the packed (n, k) matrix transposed."""
-    return product(x, matrix(panels, steps, scheme, n, k, whole), mode, activations)
+    packed = matrix(panels, steps, scheme, n, k, whole)
+    return product(x, packed, cast(Mode, mode), cast(Activations, activations))
 
 
 @quantized_linear.register_fake
