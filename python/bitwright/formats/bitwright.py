@@ -19,7 +19,8 @@ Below the module path P of a linear (n, k), b bits, G groups in a row:
         code * scale - zero
 
 Config: "scheme" is the scheme of all linears but those named in "schemes". Scales of either sign
-are held. Readers: this package alone, so far; other formats are what other engines read.
+are held. Readers: `bitwright.load`, and transformers once `bitwright.hf` is imported; without it
+transformers warns "Unknown quantization type" and gives the linears random weights.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ def refuse(targets: Sequence[Target], arch: Arch) -> str | None:  # noqa: ARG001
 
 def notes(targets: Sequence[Target]) -> tuple[str, ...]:  # noqa: ARG001
     """What a user must know to load the file."""
-    return ("files in bitwright's own format are read by bitwright alone",)
+    return (
+        "files in bitwright's own format are read by bitwright.load, and by transformers once "
+        "bitwright.hf is imported",
+    )
 
 
 def layout(
@@ -227,5 +231,5 @@ def side_files(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:  # noqa:
 
 
 def load_line(path: Path, config: Mapping[str, Any]) -> str:  # noqa: ARG001
-    """What reads a written folder: the float view of this package."""
-    return f'open_dense("{path}")'
+    """What loads a written folder as a transformers model."""
+    return f'bitwright.load("{path}")'
