@@ -83,7 +83,7 @@ def test_bad_wishes_are_one_sentence(folder, tmp_path):
     speaker = Speaker(folder)
     with pytest.raises(InputError, match=r"wanted a prompt of 1 to \d+ tokens beside 5 new"):
         speaker.tell("word " * 5000, str, tokens=5)
-    with pytest.raises(InputError, match="wanted a chat template in .*, found none"):
+    with pytest.raises(InputError, match=r"wanted a chat template in .*, found none"):
         speaker.answer([], str)
     assert run("generate", folder, "--prompt", "x", "--json", "-").exit_code == 2
     assert run("generate", tmp_path, "--prompt", "x").exit_code == 2
