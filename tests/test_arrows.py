@@ -31,7 +31,7 @@ ARROWS = {
     "formats": {"spec", "registry", "schemes", "ops", "files", "archs"},
     "matrix": {"spec", "registry", "schemes", "ops"},
     "calib": {"spec", "ops", "files"},
-    "hf": {"spec", "schemes", "recipe", "ops", "files", "formats", "calib", "matrix"},
+    "hf": {"spec", "schemes", "archs", "recipe", "ops", "files", "formats", "calib", "matrix"},
     "report": {"spec"},
     "card": {"report"},
     "papers": {"spec", "registry", "files", "export", "report", "card"},

@@ -5,10 +5,12 @@ The reference is always the float model with the weights that the folder means (
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -356,3 +358,48 @@ def test_a_plain_import_of_the_package_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
     assert "load" in dir(bitwright)
+
+
+def test_linears_with_one_input_are_multiplied_together(quantized, monkeypatch):
+    """Bit for bit what single calls give; q, k, v and gate, up are two calls of a block's seven."""
+    model, calls = bitwright.load(quantized), []
+    for name in ("product", "products"):
+        real = getattr(hf.shared, name)
+        spy = partial(lambda real, *args: calls.append(0) or real(*args), real)
+        monkeypatch.setattr(hf.shared, name, spy)
+    together = logits(model)
+    assert len(calls) == 2 * 2
+    attention = model.model.layers[0].self_attn
+    x = torch.randn(1, 3, 32)
+    q = attention.q_proj(x)
+    x.add_(1)  # what was made of x before does not hold any more
+    v = attention.v_proj(x)
+    alone = bitwright.load(quantized)
+    for module in alone.modules():
+        module.shared = None
+    assert torch.equal(together, logits(alone))
+    assert torch.equal(v, alone.model.layers[0].self_attn.v_proj(x))
+    assert not torch.equal(q, attention.q_proj(x))
+    twin = copy.deepcopy(model)
+    attention.q_proj.set_mode("exact")
+    assert torch.equal(logits(twin), together)
+    assert not torch.equal(logits(model), together)
+
+
+def test_threads_that_share_a_model_get_their_own(quantized):
+    model = bitwright.load(quantized)
+    layer, xs = model.model.layers[0].self_attn, [torch.randn(1, 4, 32) for _ in range(4)]
+    want = [[p(x) for p in (layer.q_proj, layer.k_proj, layer.v_proj)] for x in xs]
+    wrong = []
+
+    def run(i: int) -> None:
+        for _ in range(200):
+            got = [p(xs[i]) for p in (layer.q_proj, layer.k_proj, layer.v_proj)]
+            wrong.extend(a for a, b in zip(got, want[i], strict=True) if not torch.equal(a, b))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, TextStreamer
 from bitwright import ops
 from bitwright.calib.data import load_tokenizer
 from bitwright.files.hub import resolve
-from bitwright.hf.linear import Activations, Mode
 from bitwright.hf.load import load
+from bitwright.hf.product import Activations, Mode
 from bitwright.spec import InputError
 
 Message = Mapping[str, str]

@@ -26,7 +26,9 @@ from torch import nn
 from bitwright import ops, schemes
 from bitwright.calib.skeleton import as_tensor
 from bitwright.formats import bitwright as own
-from bitwright.hf.product import Activations, Mode, matrix, product, quantized_linear
+from bitwright.hf.product import Activations, Mode, product, quantized_linear
+from bitwright.hf.product import matrix as matrix_of
+from bitwright.hf.shared import Shared
 from bitwright.spec import InputError, QTensor, Scheme
 
 MODES, ACTIVATIONS = ("fast", "exact"), ("group", "token")
@@ -82,6 +84,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("panels", None, persistent=False)
         self.transposed = False
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None
+        self.shared: Shared | None = None
         self._kept: tuple[torch.Tensor, ops.PackedMatrix] | None = None
 
     @classmethod
@@ -146,7 +149,7 @@ class QuantLinear(nn.Module):
             side = None if name in PACKED else as_tensor(tensors[f".{name}"])
             self._buffers[name] = side
         self.panels, self.whole = torch.from_numpy(ops.pack_linear(q).panels), q.global_scale
-        self._packed_matrix()
+        self.matrix()
         for tensor in (*self._buffers.values(), self.bias):
             if tensor is not None:
                 mark_initialised(tensor)
@@ -168,7 +171,7 @@ class QuantLinear(nn.Module):
 
     def quantized(self) -> QTensor:
         """The weight as codes, scales and zero points."""
-        q = ops.unpack_linear(self._packed_matrix())
+        q = ops.unpack_linear(self.matrix())
         order = ops.as_numpy(self.order) if self.ordered else None
         return QTensor(q.codes, q.scales, q.zeros, q.scheme, q.global_scale, q.steps, order)
 
@@ -179,13 +182,14 @@ class QuantLinear(nn.Module):
     def _steps(self) -> torch.Tensor | None:
         return self.steps if self.scheme.block else None
 
-    def _packed_matrix(self) -> ops.PackedMatrix:
+    def matrix(self) -> ops.PackedMatrix:
+        """The weight as the kernel takes it, on the memory of the panels."""
         if self.panels is None:
             self.pack()
-            return self._packed_matrix()
+            return self.matrix()
         if self._kept is None or self._kept[0] is not self.panels:
             n, k = self.out_features, self.in_features
-            made = matrix(self.panels, self._steps(), self.scheme.name, n, k, self.whole)
+            made = matrix_of(self.panels, self._steps(), self.scheme.name, n, k, self.whole)
             self._kept = (self.panels, made)
         return self._kept[1]
 
@@ -202,9 +206,14 @@ class QuantLinear(nn.Module):
                 self.mode, self.activations,
             )  # fmt: skip
         else:
-            y = product(x, self._packed_matrix(), self.mode, self.activations)
+            y = self._product(x)
         biased: torch.Tensor = y if self.bias is None else y + self.bias
         return biased
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        if self.shared is not None:
+            return self.shared.product(self, x)
+        return product(x, self.matrix(), self.mode, self.activations)
 
     def extra_repr(self) -> str:
         sizes = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"

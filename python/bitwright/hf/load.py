@@ -25,8 +25,10 @@ from bitwright.calib.skeleton import as_tensor
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.files.hub import resolve
 from bitwright.formats.dense import Dense, dense
-from bitwright.hf.linear import Activations, Mode, QuantLinear, mark_initialised
+from bitwright.hf.linear import QuantLinear, mark_initialised
+from bitwright.hf.product import Activations, Mode
 from bitwright.hf.quantizer import BitwrightConfig, BitwrightQuantizer, is_linear, shape_of
+from bitwright.hf.shared import share
 from bitwright.spec import InputError, QTensor, ScaleGrid
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -160,6 +162,7 @@ def _settle(model: Any, folder: Path, config: BitwrightConfig) -> None:
     config.scheme = Counter(named.values()).most_common(1)[0][0]
     config.schemes = {name: scheme for name, scheme in named.items() if scheme != config.scheme}
     model.tie_weights()
+    share(model)
     model.config.quantization_config = config
     model.config.name_or_path = model.name_or_path = str(folder)
     model.is_quantized, model.quantization_method = True, config.quant_method

@@ -6,9 +6,11 @@ and torch.compile: its gradient goes to x alone, grad W with W dequantized, one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, cast
 
+import numpy.typing as npt
 import torch
 
 from bitwright import ops, schemes
@@ -36,15 +38,27 @@ def product(
     x: torch.Tensor, packed: ops.PackedMatrix, mode: Mode, activations: Activations
 ) -> torch.Tensor:
     """x (..., k) times the matrix transposed, in x's dtype."""
-    n, k = packed.shape
+    rows = _rows(x, packed.shape[1])
+    y = as_tensor(ops.linear(rows, packed, mode=mode, activations=activations))
+    return y.to(x.dtype).reshape(*x.shape[:-1], packed.shape[0])
+
+
+def products(
+    x: torch.Tensor, matrices: Sequence[ops.PackedMatrix], mode: Mode, activations: Activations
+) -> list[torch.Tensor]:
+    """The same of several matrices with as many columns."""
+    rows = _rows(x, matrices[0].shape[1])
+    ys = ops.linear(rows, matrices, mode=mode, activations=activations)
+    return [as_tensor(y).to(x.dtype).reshape(*x.shape[:-1], y.shape[1]) for y in ys]
+
+
+def _rows(x: torch.Tensor, k: int) -> npt.NDArray[Any]:
     if x.device.type != "cpu" or x.shape[-1] != k:
         raise InputError(
             f"[hf] wanted activations (..., {k}) on the CPU, got {tuple(x.shape)} on {x.device}"
         )
     given = x.to(torch.float32) if x.dtype == torch.float16 else x
-    rows = ops.as_numpy(given.reshape(-1, k))
-    y = as_tensor(ops.linear(rows, packed, mode=mode, activations=activations))
-    return y.to(x.dtype).reshape(*x.shape[:-1], n)
+    return ops.as_numpy(given.reshape(-1, k))
 
 
 @torch.library.custom_op("bitwright::linear", mutates_args=(), device_types="cpu")

@@ -31,7 +31,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bitwright.calib import hollow
 from bitwright.files.safetensors import Entry, SafetensorsFile
 from bitwright.formats import bitwright as own
-from bitwright.hf.linear import Activations, Mode, QuantLinear
+from bitwright.hf.linear import QuantLinear
+from bitwright.hf.product import Activations, Mode
+from bitwright.hf.shared import share
 from bitwright.matrix import quantize_matrix
 from bitwright.recipe import matches
 from bitwright.spec import InputError, Scheme
@@ -238,6 +240,7 @@ class BitwrightQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         for name, layer in quant_linears(model):
             layer.settle(name)
+        share(model)
         return model
 
     def is_serializable(self) -> bool:
