@@ -105,5 +105,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("chain_f32", &chain_f32, arg("rounds"), arg("a"), arg("b"), as_is("x"), Free());
   m.def("chain_f64", &chain_f64, arg("rounds"), arg("a"), arg("b"), as_is("x"), Free());
   m.def("chain_bf16", &chain_bf16, arg("rounds"), arg("a"), arg("b"), as_is("x"), Free());
+  m.def("dot_chain", &dot_chain, arg("rounds"), arg("code"), arg("byte"), as_is("x"), Free());
   m.def("word_sum", &word_sum, as_is("x"), as_is("sums"), Free());
 }

@@ -156,5 +156,8 @@ void chain_f32(Index rounds, double a, double b, Out<float> x);
 void chain_f64(Index rounds, double a, double b, Out<double> x);
 void chain_bf16(Index rounds, double a, double b, Out<float> x);
 void word_sum(In<std::uint64_t> x, OutVec<std::uint64_t> sums);
+// x += the sum of four int8 products, code * byte each, modulo 2^32, `rounds` times in registers: 8
+// operations each; 0 <= code <= 15, columns as above.
+void dot_chain(Index rounds, int code, int byte, Out<std::int32_t> x);
 
 }  // namespace bitwright

@@ -29,7 +29,9 @@ R = ops.factor(H)[0]
 ORDER = np.arange(K, dtype=np.int32)
 COLUMN = np.linspace(0.5, 2, K, dtype=np.float32)
 CHAINS = np.ones((2, ops.CHAINS), np.float32)
+SUMMED = np.ones((2, ops.CHAINS), np.int32)
 WORDS_READ = np.arange(N * K, dtype=np.uint64).reshape(N, K)
+PACKED = ops.pack_linear(QTensor(CODES, SCALES, ZEROS, ASYM))
 SUMS = {
     "absolute": np.zeros(K),
     "abs_max": np.zeros(K, np.float32),
@@ -110,6 +112,15 @@ CASES: dict[str, Case] = {
     "qlinear": Case(quantized(ops.qlinear), {"X": X, **Q}, free=("X",)),
     "chain": Case(lambda x: ops.chain(x, 3, 0.5, 1.0), {"x": CHAINS}, free=("x",)),
     "word_sum": Case(ops.word_sum, {"x": WORDS_READ}, free=("x",)),
+    "dot_chain": Case(lambda x: ops.dot_chain(x, 3, 5, -7), {"x": SUMMED}, free=("x",)),
+    "pack_linear": Case(lambda **q: quantized(ops.pack_linear)(**q).panels, Q),
+    "unpack_linear": Case(
+        lambda panels: ops.unpack_linear(
+            ops.PackedMatrix(np.ascontiguousarray(panels), ASYM, (N, K))
+        ),
+        {"panels": PACKED.panels},
+    ),
+    "linear": Case(lambda X: ops.linear(X, PACKED), {"X": X}, free=("X",)),
 }
 INPUTS = [(op, name) for op, case in CASES.items() for name in case.arrays]
 OUTPUTS = [(op, name) for op, case in CASES.items() for name in case.sums or {}]
@@ -247,8 +258,9 @@ NANS = [
     ("awq_clip", "W"),
     ("awq_clip", "H"),
     ("awq_clip", "factors"),
+    ("pack_linear", "scales"),
 ]
-PASSED_ON = {("decode", "scales"), ("qlinear", "scales"), ("qlinear", "X"), *WORDS}
+PASSED_ON = {("decode", "scales"), ("qlinear", "scales"), ("qlinear", "X"), ("linear", "X"), *WORDS}
 PASSED_ON |= {("cross", "before"), ("cross", "X"), ("chain", "x")}
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitwright import ops
+from bitwright import ops, schemes
 from bitwright.spec import QTensor
 from problems import (
     groups_together,
@@ -39,7 +39,7 @@ from problems import (
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
-SAME = ("avx2", "avx512", "avx512bf16")
+SAME = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
 
 
 def stripped(name: str) -> str:
@@ -233,6 +233,42 @@ def run_word_sum() -> list[Any]:
     return [ops.word_sum(rng("words").integers(0, 2**64, (5, 1003), np.uint64))]
 
 
+def run_dot_chain() -> list[Any]:
+    x = rng("dot_chain").integers(-9, 9, (5, 768), np.int32)
+    return [ops.dot_chain(x, 9, 15, -127)]
+
+
+def packed_matrices() -> list[ops.PackedMatrix]:
+    names = (
+        "int2-g32",
+        "int3-g64-asym",
+        "int4-g64-asym",
+        "int4-g64-offset",
+        "int8-channel",
+        "nf4-g64",
+    )
+    kinds = [schemes.parse(name) for name in names]
+    return [ops.pack_linear(QTensor(*random_codes(N, K, s), s)) for s in kinds]
+
+
+def run_pack_linear() -> list[Any]:
+    return [packed.panels for packed in packed_matrices()]
+
+
+def run_unpack_linear() -> list[Any]:
+    back = [ops.unpack_linear(packed) for packed in packed_matrices()]
+    return [x for q in back for x in (q.codes, q.scales, q.zeros)]
+
+
+def run_linear() -> list[Any]:
+    packed, results = packed_matrices(), []
+    for t in (1, 3, 30):
+        results += ops.linear(inputs(t, K), packed)
+        for activations in ("group", "token"):
+            results += ops.linear(inputs(t, K), packed, mode="fast", activations=activations)
+    return results
+
+
 CASES: dict[str, Callable[[], list[Any]]] = {
     name.removeprefix("run_"): run for name, run in globals().items() if name.startswith("run_")
 }
@@ -291,6 +327,7 @@ def test_base_level_equals_its_twins() -> None:
         "no:cacheprovider",
         "test_ops.py",
         "test_scales.py",
+        "test_linear.py",
         "-k",
         "twin",
     )

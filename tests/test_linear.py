@@ -1,7 +1,7 @@
-"""y = x W^T on panels: packing against its twin, exact mode `==` the chain, fast mode `==` the twin of
-its integer arithmetic and within the bound of int8 activations from exact.
+"""y = x W^T on panels: packing against its twin, exact mode `==` the chain, fast mode `==` the twin
+of its integer arithmetic and within the bound of int8 activations from exact.
 
-Shapes: rows and columns that fill no panel, no strip, no group; tokens around the tiles of 4 and 12.
+Shapes: rows and columns that fill no panel, no strip, no group; tokens around tiles of 4 and 12.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import pytest
 
 from bitwright import ops, schemes
 from bitwright.spec import InputError, QTensor, RefusedError, Scheme
-from problems import FUSED, UNIT, assert_equal, inputs, random_codes, threads
+from problems import FUSED, UNIT, assert_equal, inputs, random_codes, rng, threads
+from ref.dot_chain import dot_chain
 from ref.linear import fast, linear, step
 from ref.pack_linear import pack_linear
 from ref.qlinear import qlinear
@@ -219,6 +220,18 @@ def test_what_is_not_finite_shows(mode: Any, value: float) -> None:
             Y = ops.linear(X, packed, mode=mode, activations=activations)
             assert not np.isfinite(Y[-1]).any()
             assert np.isfinite(Y[:-1]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_twin_dot_chain(rows: int) -> None:
+    x = rng("dot_chain", rows).integers(-99, 99, (rows, 2 * ops.CHAINS), np.int32)
+    for code, byte in ((15, -127), (0, 5), (7, 127)):
+        assert_equal([ops.dot_chain(x, 11, code, byte)], [dot_chain(x, 11, code, byte)])
+    for rounds, code, byte in ((-1, 1, 1), (1, 16, 1), (1, 1, 128)):
+        with pytest.raises(InputError, match="wanted rounds from 0 on, a code of 0 to 15 and"):
+            ops.dot_chain(x, rounds, code, byte)
+    with pytest.raises(InputError, match="x must have a multiple of 384 columns, got 383"):
+        ops.dot_chain(np.ones((1, 383), np.int32), 1, 1, 1)
 
 
 def test_refusals() -> None:

@@ -51,4 +51,9 @@ void word_sum(In<std::uint64_t> x, OutVec<std::uint64_t> sums) {
   });
 }
 
+void dot_chain(Index rounds, int code, int byte, Out<std::int32_t> x) {
+  each_row<std::int32_t>(
+      rounds, x, [&](std::int32_t* row) { table().dot_chain(x.cols(), rounds, code, byte, row); });
+}
+
 }  // namespace bitwright

@@ -12,6 +12,7 @@ void factors();
 void solve();
 void awq();
 void linear();
+void packed();
 
 }  // namespace bitwright_tests
 
@@ -20,8 +21,9 @@ int main() {
   const struct {
     const char* name;
     void (*run)();
-  } tests[] = {{"parallel", parallel}, {"codes", codes}, {"scales", scales}, {"sums", sums},
-               {"factors", factors},   {"solve", solve}, {"awq", awq},       {"linear", linear}};
+  } tests[] = {{"parallel", parallel}, {"codes", codes},     {"scales", scales},
+               {"sums", sums},         {"factors", factors}, {"solve", solve},
+               {"awq", awq},           {"linear", linear},   {"packed", packed}};
   for (const auto& test : tests) {
     const int before = passed.load();
     try {

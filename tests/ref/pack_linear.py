@@ -1,11 +1,10 @@
-"""Panels of 16 rows: scales, zero points, codes, each padded to 64 bytes (csrc/kernels/packed.h).
+"""Panels of 16 rows: scales, zero points, codes, each padded to 64 bytes (kernels/packed.h).
 
-A group is padded to strips of 16 columns. Byte 4 lane + t of quad j of a strip is row `lane`, column
-4 j + t of it; a unit of 64 bytes holds 8 / width quads, the first in the low bits. Width 3: two bits
-as for width 2, the third of two strips in one more unit.
+A group is padded to strips of 16 columns. Byte 4 lane + t of quad j of a strip is row `lane`,
+column 4 j + t of it; a unit of 64 bytes holds 8 / width quads, the first in the low bits. Width 3:
+two bits as for width 2, the third of two strips in one more unit.
 """
 
-import ml_dtypes
 import numpy as np
 
 
@@ -52,6 +51,3 @@ def pack_linear(codes, scales, zeros, group, width, words, kind):
         rows = [np.ascontiguousarray(side[16 * p : 16 * p + 16].T) for side in sides]
         panels.append(np.concatenate([padded(r.view(np.uint8).ravel(), 64) for r in rows] + [unit]))
     return np.stack(panels)
-
-
-BF16 = ml_dtypes.bfloat16

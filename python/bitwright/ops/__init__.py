@@ -30,6 +30,7 @@ from bitwright.ops.linear import pack_linear as pack_linear
 from bitwright.ops.linear import unpack_linear as unpack_linear
 from bitwright.ops.probe import CHAINS as CHAINS
 from bitwright.ops.probe import chain as chain
+from bitwright.ops.probe import dot_chain as dot_chain
 from bitwright.ops.probe import word_sum as word_sum
 from bitwright.ops.solve import CLIP_FACTORS as CLIP_FACTORS
 from bitwright.ops.solve import DAMPING_ATTEMPTS as DAMPING_ATTEMPTS

@@ -3,7 +3,7 @@
 Panels (csrc/kernels/packed.h) are the same bytes at every instruction set. Codes take 2, 3, 4 or 8
 bits, scales 16 where the scheme's are bf16 or fp16 (powers of two are bf16 as well), else 32.
 
-exact: W is dequantized in registers, float32 sums along k in order; equal to `qlinear`, bit for bit.
+exact: W is dequantized in registers, float32 sums along k in order; equal to `qlinear` bit for bit.
 fast: x = d q + e with int8 q and |e| <= d / 2, d = largest |x| / 127 of the token's columns that
 share a weight scale (128 at most), or of the whole token; so that, W dequantized,
 |y - y_exact| <= sum_j |w_j| d_j / 2 and rounding. Levels of a table are multiples of the smallest
@@ -52,11 +52,13 @@ class PackedMatrix:
         if p.dtype != np.uint8 or p.shape != want or not p.flags.c_contiguous:
             raise InputError(
                 f"[PackedMatrix] wanted contiguous panels uint8 {want} for {self.shape} in "
-                f"{self.scheme.name}, got {p.dtype} {p.shape}"
+                f"{self.scheme.name}, got {p.ndim}-D of {p.dtype} {p.shape}"
             )
         layout = _layout(self.scheme, self.shape[1])
         object.__setattr__(self, "layout", layout)
-        object.__setattr__(self, "core", _core.Packed(p, self.shape[0], layout))
+        object.__setattr__(
+            self, "core", _core.Packed(p.ravel().reshape(want), self.shape[0], layout)
+        )
 
     @staticmethod
     def panel_shape(scheme: Scheme, shape: tuple[int, int]) -> tuple[int, int]:
@@ -132,7 +134,7 @@ def linear(
     *,
     mode: Mode = ...,
     activations: Activations = ...,
-    dtype: npt.DTypeLike = ...,
+    dtype: npt.DTypeLike | None = ...,
 ) -> npt.NDArray[Any]: ...
 
 
@@ -143,7 +145,7 @@ def linear(
     *,
     mode: Mode = ...,
     activations: Activations = ...,
-    dtype: npt.DTypeLike = ...,
+    dtype: npt.DTypeLike | None = ...,
 ) -> list[npt.NDArray[Any]]: ...
 
 
@@ -153,7 +155,7 @@ def linear(
     *,
     mode: Mode = "exact",
     activations: Activations = "group",
-    dtype: npt.DTypeLike = None,
+    dtype: npt.DTypeLike | None = None,
 ) -> npt.NDArray[Any] | list[npt.NDArray[Any]]:
     """X (t, k), float32 or bfloat16, times W^T: (t, n); of several matrices with the same k (their
     activations are quantized once) a list.

@@ -32,6 +32,18 @@ def chain(x: F32 | F64, rounds: int, a: float, b: float, *, pairs: bool = False)
     return y
 
 
+def dot_chain(x: npt.NDArray[np.int32], rounds: int, code: int, byte: int) -> npt.NDArray[np.int32]:
+    """x (tasks, a multiple of CHAINS) after `rounds` times x += four products code * byte."""
+    y: npt.NDArray[np.int32] = matrix("dot_chain", x, np.int32).copy()
+    if rounds < 0 or not 0 <= code <= 15 or not -127 <= byte <= 127:
+        raise InputError(
+            "[dot_chain] wanted rounds from 0 on, a code of 0 to 15 and a byte of -127 to 127, got "
+            f"{rounds}, {code} and {byte}"
+        )
+    _core.dot_chain(rounds, code, byte, y)
+    return y
+
+
 def word_sum(x: U64) -> U64:
     """Sums (r,) of the words of each row of x uint64 (r, count), modulo 2^64: one read of x."""
     x = matrix("word_sum", x, np.uint64)
