@@ -403,3 +403,25 @@ def test_threads_that_share_a_model_get_their_own(quantized):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT's, of every custom module
+def test_peft_trains_adapters_and_saves_them_alone(quantized, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    config._register_custom_module({hf.QuantLinear: peft.tuners.lora.Linear})
+    torch.manual_seed(0)
+    model = bitwright.load(quantized)
+    adapted = peft.get_peft_model(model, config)
+    step = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(8):
+        loss = adapted(ids(), labels=ids()).loss
+        step.zero_grad()
+        loss.backward()
+        step.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(bitwright.load(quantized), tmp_path, config=config)
+    assert torch.allclose(logits(again), logits(adapted), atol=1e-5)

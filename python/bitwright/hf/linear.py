@@ -137,6 +137,11 @@ class QuantLinear(nn.Module):
         """Whether the weight lies in panels."""
         return self.panels is not None
 
+    @property
+    def qweight(self) -> torch.Tensor | None:
+        """Where PEFT looks for the device of a quantized layer."""
+        return self.panels
+
     def hold(self, q: QTensor) -> None:
         """Take the weight q, in panels, and its side tensors as in the file."""
         if q.shape != (self.out_features, self.in_features) or q.scheme != self.scheme:
