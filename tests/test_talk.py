@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
     return folders.ours(demo.embedded_model(), tmp_path_factory.mktemp("tiny") / "q", "int4-g32")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def chatty(folder):
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     yield folder
