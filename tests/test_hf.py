@@ -23,7 +23,8 @@ import folders
 import tiny_models
 from bitwright import demo, hf
 from bitwright.files.checkpoint import Checkpoint
-from bitwright.spec import InputError
+from bitwright.inspection import inspect
+from bitwright.spec import InputError, RefusedError
 
 CLOSE = 1e-4
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": True, "desc_act": False}
@@ -135,6 +136,25 @@ def test_formats_of_other_tools(source, tmp_path, case):
     assert torch.equal(logits(again), logits(model))
     ordered = again.config.quantization_config.ordered
     assert len(ordered) == (14 if "act-order" in case else 0)
+
+
+@pytest.mark.parametrize("case", ["awq", "gptq-v1-act-order", "bnb-nf4", "ct-int8-asym"])
+def test_folders_of_other_tools_are_inspected_and_converted(source, tmp_path, case):
+    """Nothing rounded again; columns in act-order are refused, with what would work."""
+    folder = folders.by_hand(source, tmp_path / "other", *OTHERS[case])
+    found = inspect(folder)
+    assert found.quant_method == OTHERS[case][1]["quant_method"]
+    named = {entry.scheme.removesuffix("-fp32") for entry in found.entries}
+    assert OTHERS[case][0].removesuffix("-fp32") in named
+    bits = int(OTHERS[case][0].split("-")[0][-1])
+    assert bits < found.bits_per_weight < 2 * bits + 6
+    if "act-order" in case:
+        with pytest.raises(RefusedError, match=r"in act-order, .* bitwright.load reads it"):
+            bitwright.convert(folder, tmp_path / "out", format="bitwright")
+        return
+    bitwright.convert(folder, tmp_path / "out", format="bitwright")
+    want = folders.dense_logits(folder, ids())
+    assert torch.allclose(logits(bitwright.load(tmp_path / "out", mode="exact")), want, atol=CLOSE)
 
 
 @pytest.mark.parametrize("scheme", ["nf4-g32", "nvfp4", "int4-g32-offset", "int4-g16-offset-8x6"])

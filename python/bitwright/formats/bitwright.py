@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ STORED: Mapping[ScaleGrid, np.dtype[Any]] = {
     "e8m0": np.dtype(np.uint8),
     "e4m3": np.dtype(np.uint8),
 }
+FLOATS: tuple[ScaleGrid, ...] = ("bf16", "fp16", "fp32")
 Array = npt.NDArray[Any]
 Getter = Callable[[str], Array]
 
@@ -134,6 +136,20 @@ def _stored_zeros(q: QTensor) -> Array:
         return q.zeros.astype(STORED[q.scheme.scale])
     units = _units(q.steps, q.scheme, q.zeros.shape[1], offsets=True)
     return np.rint(q.zeros / units).astype(np.uint8)
+
+
+def exact(name: str, q: QTensor) -> QTensor:
+    """The same weight in a scheme whose type of scales holds them as they are: what other tools
+    write in fp16 or fp32 need not be bf16 numbers."""
+    if not (np.isfinite(q.scales).all() and np.isfinite(q.zeros).all()):
+        raise InputError(f"[bitwright] wanted finite scales of {name}, got NaN or infinity")
+    if q.scheme.scale not in FLOATS or q.scheme.block:
+        return q
+    numbers = [q.scales, q.zeros] if q.scheme.offset else [q.scales]
+    for kind in FLOATS[FLOATS.index(q.scheme.scale) :]:
+        if all(np.array_equal(x.astype(STORED[kind]).astype(np.float32), x) for x in numbers):
+            return replace(q, scheme=replace(q.scheme, scale=kind))
+    return q
 
 
 def write(name: str, q: QTensor, dtype: np.dtype[Any]) -> dict[str, Array]:  # noqa: ARG001

@@ -10,33 +10,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from bitwright import ops
 from bitwright.calib import hollow
 from bitwright.calib.skeleton import as_tensor
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.files.hub import resolve
+from bitwright.formats import bitwright as own
 from bitwright.formats.dense import Dense, dense
 from bitwright.hf.linear import QuantLinear, mark_initialised
 from bitwright.hf.product import Activations, Mode
 from bitwright.hf.quantizer import BitwrightConfig, BitwrightQuantizer, is_linear, shape_of
 from bitwright.hf.shared import share
-from bitwright.spec import InputError, QTensor, ScaleGrid
+from bitwright.spec import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-EXACT: tuple[tuple[ScaleGrid, np.dtype[Any]], ...] = (
-    ("bf16", ops.BFLOAT16),
-    ("fp16", np.dtype(np.float16)),
-    ("fp32", np.dtype(np.float32)),
-)
 
 
 def load(
@@ -129,7 +122,7 @@ def _replace(
             raise InputError(
                 f"[load] wanted linears quantized, got {path}, {type(module).__name__}"
             )
-        q = stored_exactly(home, view.quantized(home))
+        q = own.exact(home, view.quantized(home))
         if q.shape != shape_of(module):
             raise InputError(
                 f"[load] wanted {home} of shape {shape_of(module)} as the config asks, got "
@@ -140,20 +133,6 @@ def _replace(
         found[path] = q.scheme.name
         ordered += [path] if q.order is not None else []
     return found, ordered
-
-
-def stored_exactly(name: str, q: QTensor) -> QTensor:
-    """The same weight in a scheme whose type of scales holds its scales as they are."""
-    if not (np.isfinite(q.scales).all() and np.isfinite(q.zeros).all()):
-        raise InputError(f"[load] wanted finite scales of {name}, got NaN or infinity")
-    grids = [grid for grid, _ in EXACT]
-    if q.scheme.scale not in grids or q.scheme.block:
-        return q
-    numbers = [q.scales, q.zeros] if q.scheme.offset else [q.scales]
-    for grid, kind in EXACT[grids.index(q.scheme.scale) :]:
-        if all(np.array_equal(x.astype(kind).astype(np.float32), x) for x in numbers):
-            return replace(q, scheme=replace(q.scheme, scale=grid))
-    return q
 
 
 def _settle(model: Any, folder: Path, config: BitwrightConfig) -> None:
