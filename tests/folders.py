@@ -41,12 +41,14 @@ def ours(source: Path, out: Path, scheme: str, fmt: str = "bitwright", **options
     return out
 
 
-def by_hand(source: Path, out: Path, scheme: str, config: dict, pack: Packer) -> Path:
-    """The linears of the blocks in another tool's layout; the rest as it is."""
+def by_hand(
+    source: Path, out: Path, scheme: str, config: dict, pack: Packer, ends=("_proj.weight",)
+) -> Path:
+    """Linears with names that end so in another tool's layout; the rest as it is."""
     shutil.copytree(source, out)
     tensors: Tensors = {}
     for name, array in load_file(source / "model.safetensors").items():
-        if not name.endswith("_proj.weight"):
+        if not name.endswith(ends):
             tensors[name] = array
             continue
         wanted = schemes.parse(scheme)

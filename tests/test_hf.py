@@ -445,3 +445,19 @@ def test_peft_trains_adapters_and_saves_them_alone(quantized, tmp_path):
     adapted.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(bitwright.load(quantized), tmp_path, config=config)
     assert torch.allclose(logits(again), logits(adapted), atol=1e-5)
+
+
+def test_a_quantized_head(source, tmp_path):
+    """GPTQ with lm_head: true."""
+    ends, config = ("_proj.weight", "lm_head.weight"), GPTQ | {"lm_head": True}
+    folder = folders.by_hand(
+        source, tmp_path / "other", "int4-g16", config, folders.gptq_tensors, ends
+    )
+    model = bitwright.load(folder, mode="exact")
+    assert "lm_head" in quant_linears(model)
+    want = folders.dense_logits(folder, ids())
+    assert torch.allclose(logits(model), want, atol=CLOSE, rtol=0)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="auto")
+    hf.set_mode(again, "exact")
+    assert torch.equal(logits(again), logits(model))
