@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import bitwright
 import tiny_models
-from bitwright import ops, schemes
+from bitwright import hf, ops, schemes
 from bitwright.files import safetensors
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.formats import gptq
@@ -136,3 +136,21 @@ def save_bytes(folder: Path, tensors: Tensors) -> None:
     """Those tensors in place of the folder's, in one file."""
     layout = {name: (array.dtype, array.shape) for name, array in tensors.items()}
     safetensors.write(folder / "model.safetensors", layout, tensors.__getitem__, {"format": "pt"})
+
+
+def ids() -> torch.Tensor:
+    return tiny_models.batches()[0]
+
+
+def logits(model: torch.nn.Module, tokens: torch.Tensor | None = None, **options) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids() if tokens is None else tokens, **options).logits
+
+
+def quant_linears(model: torch.nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, hf.QuantLinear)]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    checkpoint = Checkpoint(folder)
+    return {name: checkpoint.read(name).tobytes() for name in checkpoint.entries}
