@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "bitwright"
 LOW = {"spec", "registry", "files", "progress"}
 RESULT = LOW | {"ops", "schemes", "recipe", "formats", "archs"}
-TORCH = {"calib", "pipeline", "module", "evaluate", "plan", "estimate", "trial", "pool"}
+TORCH = {"calib", "hf", "pipeline", "module", "evaluate", "plan", "estimate", "trial", "pool"}
 
 # room -> rooms it may import; a room is a module or a package directly under bitwright.
 ARROWS = {
@@ -34,6 +34,7 @@ ARROWS = {
     "calib": {"spec", "ops", "files"},
     "clock": set(),
     "report": {"spec", "clock"},
+    "hf": {"spec", "schemes", "archs", "recipe", "ops", "files", "formats", "calib", "matrix"},
     "card": {"report"},
     "papers": {"spec", "registry", "files", "export", "report", "card"},
     "spool": {"spec", "schemes", "ops", "files"},
@@ -62,6 +63,7 @@ FREE = {
     "cli",
     "show",
     "demo",
+    "talk",
 }  # the front doors: everything above
 SIBLINGS = {"grids", "solvers", "transforms", "archs"}
 

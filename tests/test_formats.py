@@ -317,12 +317,12 @@ CT_LIES = (
     {"ignore": ["re:["]},
     {"ignore": [None]},
     {"ignore": [NAME]},
-    {"format": "int-quantized"},
+    {"config_groups": {"group_0": {"targets": ["Linear"], "format": "marlin-24", "weights": {}}}},
     {"version": "0.17.1"},
 )
 WEIGHTS = (
     {"num_bits": None}, {"num_bits": 9}, {"type": "float"}, {"strategy": "block"},
-    {"group_size": -1}, {"group_size": "32"}, {"actorder": "group"},
+    {"group_size": -1}, {"group_size": "32"},
 )  # fmt: skip
 
 

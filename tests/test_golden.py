@@ -16,7 +16,7 @@ import pytest
 from bitwright import ops, schemes
 from bitwright.files.safetensors import SafetensorsFile
 from bitwright.formats import compressed_tensors, gptq
-from bitwright.spec import F32, InputError, QTensor, RefusedError
+from bitwright.spec import F32, InputError, QTensor
 
 GOLDEN = Path(__file__).parent / "golden"
 CT = sorted(path.name.split(".")[0] for path in (GOLDEN / "compressed-tensors").glob("*.json"))
@@ -108,13 +108,6 @@ def test_gptq(name):
             for key, array in gptq.write("w", q, F16).items():
                 assert same_bytes(array, tensors[key]), key
     assert np.array_equal(read["gptq"].zeros, read["gptq_v2"].zeros)
-
-
-def test_gptq_with_columns_in_another_order_is_refused():
-    (name,) = set(GPTQ) - set(PLAIN)
-    tensors, config = gptq_case(name, "gptq")
-    with pytest.raises(RefusedError, match=r"^\[gptq\] w: columns in act-order"):
-        gptq.read("w", tensors.__getitem__, config)
 
 
 @pytest.mark.parametrize("bits", WORDS)

@@ -2,6 +2,7 @@
 
     quantize(model_or_path, ...)          a checkpoint folder, a hub id, or a model in memory
     compare(base, quantized, ...)         perplexity and KL divergence to the original
+    load(path)                            a quantized folder as a transformers model, on CPU kernels
     convert(path, out, format=...)        one result in another format, lossless or refused
     quantize_matrix(W, H, scheme=...)     one matrix, NumPy or torch
     StatsCollector(k).update(x).finish()  what the solver wants to know of a layer's inputs
@@ -19,6 +20,7 @@ _HOMES = {
     "quantize": "module",
     "compare": "evaluate",
     "convert": "conversion",
+    "load": "hf",
     "quantize_matrix": "matrix",
     "StatsCollector": "calib.stats",
     "parse_scheme": "schemes",

@@ -2,6 +2,7 @@
 
     bitwright quantize SRC OUT      bitwright plan SRC          bitwright eval BASE QUANT
     bitwright inspect PATH          bitwright convert OUT OUT2  bitwright demo [OUT]
+    bitwright generate OUT          bitwright chat OUT
     bitwright bench
 
 Exit codes: 0 done; 1 a bug (please report it); 2 wrong usage or unusable input; 3 refused: a
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitwright import talk
 from bitwright.bench import command as bench
 from bitwright.deferred import Deferred
 from bitwright.spec import (
@@ -384,6 +386,8 @@ def demo_command(
 
 
 app.command(name="bench")(guarded(bench.run, models=False))
+for _command in (talk.generate, talk.chat):
+    app.command()(guarded(_command))
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ with the weights that the first format means.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +20,21 @@ from bitwright import export, papers, registry
 from bitwright.calib.skeleton import Skeleton
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.files.hub import resolve
+from bitwright.formats import bitwright as own
 from bitwright.formats.dense import Dense, dense
 from bitwright.job import arch_of, linears_of
 from bitwright.progress import Progress, silent
 from bitwright.report import RunReport
-from bitwright.spec import Arch, InputError, Linear, Recipe, RefusedError, Target
+from bitwright.spec import (
+    Arch,
+    InputError,
+    Linear,
+    QTensor,
+    Recipe,
+    RefusedError,
+    Scheme,
+    Target,
+)
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -51,7 +62,9 @@ def _model_dtype(config: dict[str, Any]) -> np.dtype[Any]:
     return DTYPES.get(name.removeprefix("torch."), DTYPES["float32"])
 
 
-def _targets(view: Dense, linears: dict[str, Linear], arch: Arch) -> dict[str, Target]:
+def _targets(
+    view: Dense, scheme_of: Callable[[str], Scheme], linears: dict[str, Linear], arch: Arch
+) -> dict[str, Target]:
     modules = set(view.modules)
     strange = modules - set(linears)
     if strange:
@@ -63,7 +76,7 @@ def _targets(view: Dense, linears: dict[str, Linear], arch: Arch) -> dict[str, T
     for name, linear in linears.items():
         rows, columns = view.shape(f"{name}.weight")
         shape = (columns, rows) if linear.transposed else (rows, columns)
-        scheme = view.scheme(name) if name in modules else None
+        scheme = scheme_of(name) if name in modules else None
         targets[name] = Target(name, linear, shape, scheme)
     return targets
 
@@ -92,12 +105,21 @@ def convert(
     shapes = {name: view.shape(name) for name in view.names()}
     skeleton = Skeleton(source, view.read, shapes)
     arch = arch_of(view.checkpoint.config, skeleton)
-    targets = _targets(view, linears_of(arch, skeleton), arch)
+    ours = fmt is own  # holds scales of other tools, which need not lie on the scheme's grid
+
+    def quantized(module: str) -> QTensor:
+        q = view.quantized(module)
+        return own.exact(module, q) if ours else q
+
+    def scheme_of(module: str) -> Scheme:
+        return quantized(module).scheme if ours else view.scheme(module)
+
+    targets = _targets(view, scheme_of, linears_of(arch, skeleton), arch)
     reason = fmt.refuse(tuple(targets.values()), arch)
     if reason:
         raise RefusedError(reason)
     names = export.names_to_write(shapes, skeleton.sources)
-    result = export.Result(_Source(view), names, targets, view.quantized, {})
+    result = export.Result(_Source(view), names, targets, quantized, {})
     report = _report(view, format, fmt.notes(tuple(targets.values())))
     export.export(
         result, fmt, folder,

@@ -23,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bitwright import registry
 from bitwright.calib.data import load_tokenizer, tokenise, validation_text
 from bitwright.calib.skeleton import Skeleton, longest_window
 from bitwright.files.checkpoint import Checkpoint
@@ -106,18 +105,14 @@ class _Model:
 
     def bits_per_weight(self) -> float:
         """Stored bits of the quantized modules over their weights; 0 for a float checkpoint."""
-        config = self.checkpoint.config.get("quantization_config")
-        if not config:
-            return 0.0
-        fmt = registry.get("formats", config["quant_method"])
-        modules = set(fmt.quantized(config, self.checkpoint.entries))
+        modules = self.view.modules
         stored = sum(
             entry[2]
             for name, entry in self.checkpoint.entries.items()
-            if name.rpartition(".")[0] in modules and not name.endswith((".bias", ".g_idx"))
+            if self.view.owner(name) is not None and not name.endswith(".g_idx")
         )
         weights = sum(math.prod(self.view.shape(f"{module}.weight")) for module in modules)
-        return 8 * stored / weights
+        return 8 * stored / weights if weights else 0.0
 
 
 def _chunks(

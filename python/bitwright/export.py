@@ -21,7 +21,14 @@ from bitwright import ops
 from bitwright.files import safetensors
 from bitwright.files.checkpoint import Checkpoint, copy_side_files, write_checkpoint
 from bitwright.progress import Progress
-from bitwright.spec import DiskError, InputError, QTensor, Target, VerificationError
+from bitwright.spec import (
+    DiskError,
+    InputError,
+    QTensor,
+    RefusedError,
+    Target,
+    VerificationError,
+)
 
 REPORT = "bitwright-report.json"
 PIECE = 1 << 22  # bytes compared at a time
@@ -110,6 +117,11 @@ class _Writer:
         module = owner[1:]
         if self._parts[0] != module:
             q = self.result.quantized(module)
+            if q.order is not None:
+                raise RefusedError(
+                    f"[write] {module} has its columns in act-order, which is not written anew; "
+                    "bitwright.load reads it, and save_pretrained of what that returns keeps it"
+                )
             self._parts = (module, self.format.write(module, q, self._dtype[module]))
         return self._parts[1][name]
 

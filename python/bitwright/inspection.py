@@ -60,12 +60,11 @@ def _tensors(checkpoint: Checkpoint) -> list[Entry]:
 def _modules(checkpoint: Checkpoint, errors: Mapping[str, float]) -> tuple[list[Entry], float]:
     """Quantized linears as one entry each, and their bits per weight; the rest as it lies there."""
     view = dense(checkpoint)
-    modules = set(view.modules)
     sizes: dict[str, int] = {}
     plain = []
     for entry in _tensors(checkpoint):
-        module = entry.name.rpartition(".")[0]
-        if module not in modules or entry.name.endswith(".bias"):
+        module = view.owner(entry.name)
+        if module is None:
             plain.append(entry)
         elif not entry.name.endswith((".g_idx", ".weight_shape")):
             sizes[module] = sizes.get(module, 0) + entry.bytes
@@ -110,7 +109,7 @@ def inspect(path: str | Path) -> Inspection:
     method = str(config.get("quant_method", "unnamed")) if config else ""
     report, damage = _report(checkpoint.path)
     errors = {} if report is None else {one.name: one.error for one in report.linears}
-    if method in registry.names("formats"):
+    if method in registry.readers():
         entries, bits = _modules(checkpoint, errors)
     else:
         entries, bits = _tensors(checkpoint), 0.0

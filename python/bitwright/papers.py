@@ -15,7 +15,6 @@ HOMES = {  # of the names in a load line
     "AutoModelForCausalLM": "transformers",
     "CompressedTensorsConfig": "transformers",
     "GPTQModel": "gptqmodel",
-    "open_dense": "bitwright.formats.dense",
 }
 
 
@@ -23,6 +22,8 @@ def load_lines(folder: Path, checkpoint: Checkpoint) -> tuple[str, str]:
     """The code that loads a quantized checkpoint which is to lie at `folder`: import and call."""
     method = checkpoint.config["quantization_config"]["quant_method"]
     call = registry.get("formats", method).load_line(folder, checkpoint.config)
+    if call.startswith("bitwright."):
+        return "import bitwright", f"model = {call}"
     names = [name for name in HOMES if name in call]
     return f"from {HOMES[names[0]]} import {', '.join(names)}", f"model = {call}"
 

@@ -8,6 +8,12 @@ from types import ModuleType
 PACKAGES = ("grids", "solvers", "transforms", "formats", "archs")
 
 
+def readers() -> tuple[str, ...]:
+    """The formats that are read: those that are written, and those of other tools alone."""
+    listed: tuple[str, ...] = import_module("bitwright.formats").READ_ONLY
+    return names("formats") + listed
+
+
 def names(package: str) -> tuple[str, ...]:
     """The modules that `package` lists, as users spell them (with dashes)."""
     listed: tuple[str, ...] = import_module(f"bitwright.{package}").NAMES
@@ -16,7 +22,7 @@ def names(package: str) -> tuple[str, ...]:
 
 def get(package: str, name: str) -> ModuleType:
     """The module `name` of `package`; ValueError with the list of known ones if it is none."""
-    if name not in names(package):
+    if name not in (readers() if package == "formats" else names(package)):
         known = ", ".join(names(package))
         raise ValueError(f"[registry] no {package.rstrip('s')} named {name!r}; known: {known}")
     return import_module(f"bitwright.{package}.{name.replace('-', '_')}")

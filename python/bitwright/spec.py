@@ -28,6 +28,7 @@ from bitwright.errors import VerificationError as VerificationError
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
+I32 = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 
@@ -151,7 +152,8 @@ class QTensor:
     codes: uint8 (n, k). scales: float32 (n, G). zeros: uint8 (n, G), constant where symmetric; or,
     of schemes with offsets, those, float32. Tensor schemes have G = 1 and equal rows. global_scale:
     "e4m3" scales are stored values divided by it. steps: of two-level schemes, float32 (n, blocks),
-    of which scales and offsets are whole multiples.
+    of which scales and offsets are whole multiples. order: column order[j] of the matrix is column
+    j of the codes, int32 (k,) (act-order, as others write it); None: as they stand.
     """
 
     codes: U8
@@ -160,6 +162,7 @@ class QTensor:
     scheme: Scheme
     global_scale: float = 1.0
     steps: F32 | None = None
+    order: I32 | None = None
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 2 or not self.codes.size:
@@ -171,9 +174,10 @@ class QTensor:
         if self.scales.shape != want or self.zeros.shape != want:
             raise InputError(
                 f"[QTensor] scales and zeros must be {want} for codes {(n, k)} in "
-                f"{self.scheme.name}, "
-                f"got {self.scales.shape} and {self.zeros.shape}"
+                f"{self.scheme.name}, got {self.scales.shape} and {self.zeros.shape}"
             )
+        if self.order is not None and not np.array_equal(np.sort(self.order), np.arange(k)):
+            raise InputError(f"[QTensor] order must have each of {k} columns once, got others")
         steps = (n, 0) if self.steps is None else self.steps.shape
         if steps != (n, self.scheme.blocks(k)):
             raise InputError(
@@ -208,9 +212,8 @@ class QTensor:
         column_group = np.arange(k) // g
         levels = np.asarray(self.scheme.grid.values, np.float32)[self.codes]
         scales, zeros = self.scales[:, column_group], self.zeros[:, column_group]
-        if self.scheme.offset:
-            return np.asarray(levels * scales - zeros, np.float32)
-        return np.asarray((levels - zeros.astype(np.float32)) * scales, np.float32)
+        W = levels * scales - zeros if self.scheme.offset else (levels - np.float32(zeros)) * scales
+        return np.asarray(W if self.order is None else W[:, np.argsort(self.order)], np.float32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,7 +51,7 @@ def read_config(folder: Path | PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def build(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def build(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     """The causal language model on the meta device, in eval mode, with real buffers.
 
     Models that do not ask the attention interface run their own eager attention."""

@@ -13,17 +13,21 @@ Below the module path P of a linear (n, k), b bits, G groups in a row:
                     the scheme's bits per weight count scale_bits
     P.global_scale  fp32 (1,)                   e4m3 only: scales are stored values divided by it
     P.shape         int64 (2,)                  n, k
+    P.order         int32 (k,)                  of modules in the config's "ordered" only: column
+                    order[j] of the matrix is column j of the codes
     w = (code - zero) * scale, of a table (fp4, nf4) level[code] * scale, of offset schemes
         code * scale - zero
 
 Config: "scheme" is the scheme of all linears but those named in "schemes". Scales of either sign
-are held. Readers: this package alone, so far; other formats are what other engines read.
+are held. Readers: `bitwright.load`, and transformers once `bitwright.hf` is imported; without it
+transformers warns "Unknown quantization type" and gives the linears random weights.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,7 @@ STORED: Mapping[ScaleGrid, np.dtype[Any]] = {
     "e8m0": np.dtype(np.uint8),
     "e4m3": np.dtype(np.uint8),
 }
+FLOATS: tuple[ScaleGrid, ...] = ("bf16", "fp16", "fp32")
 Array = npt.NDArray[Any]
 Getter = Callable[[str], Array]
 
@@ -55,7 +60,10 @@ def refuse(targets: Sequence[Target], arch: Arch) -> str | None:  # noqa: ARG001
 
 def notes(targets: Sequence[Target]) -> tuple[str, ...]:  # noqa: ARG001
     """What a user must know to load the file."""
-    return ("files in bitwright's own format are read by bitwright alone",)
+    return (
+        "files in bitwright's own format are read by bitwright.load, and by transformers once "
+        "bitwright.hf is imported",
+    )
 
 
 def layout(
@@ -130,6 +138,20 @@ def _stored_zeros(q: QTensor) -> Array:
     return np.rint(q.zeros / units).astype(np.uint8)
 
 
+def exact(name: str, q: QTensor) -> QTensor:
+    """The same weight in a scheme whose type of scales holds them as they are: what other tools
+    write in fp16 or fp32 need not be bf16 numbers."""
+    if not (np.isfinite(q.scales).all() and np.isfinite(q.zeros).all()):
+        raise InputError(f"[bitwright] wanted finite scales of {name}, got NaN or infinity")
+    if q.scheme.scale not in FLOATS or q.scheme.block:
+        return q
+    numbers = [q.scales, q.zeros] if q.scheme.offset else [q.scales]
+    for kind in FLOATS[FLOATS.index(q.scheme.scale) :]:
+        if all(np.array_equal(x.astype(STORED[kind]).astype(np.float32), x) for x in numbers):
+            return replace(q, scheme=replace(q.scheme, scale=kind))
+    return q
+
+
 def write(name: str, q: QTensor, dtype: np.dtype[Any]) -> dict[str, Array]:  # noqa: ARG001
     """The tensors of one linear."""
     tensors: dict[str, Array] = {
@@ -143,10 +165,16 @@ def write(name: str, q: QTensor, dtype: np.dtype[Any]) -> dict[str, Array]:  # n
         tensors[f"{name}.steps"] = q.steps.astype(STORED[q.scheme.scale])
     if q.scheme.scale == "e4m3":
         tensors[f"{name}.global_scale"] = np.array([q.global_scale], np.float32)
+    if q.order is not None:
+        tensors[f"{name}.order"] = q.order
     return tensors
 
 
-def scheme(name: str, config: Mapping[str, Any]) -> Scheme:
+def scheme(
+    name: str,
+    config: Mapping[str, Any],
+    get: Getter | None = None,  # noqa: ARG001
+) -> Scheme:
     """The scheme of a module."""
     named = config.get("schemes") or {}
     wanted = named.get(name, config.get("scheme")) if isinstance(named, Mapping) else None
@@ -161,8 +189,10 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     if size.shape != (2,) or size.dtype.kind != "i" or (size < 1).any():
         raise InputError(f"[bitwright] wanted n and k in {name}.shape, got {size.tolist()}")
     n, k = int(size[0]), int(size[1])
-    tensors = fetch(get, layout(name, (n, k), wanted, ops.BFLOAT16))
-    whole = 1.0
+    expected = layout(name, (n, k), wanted, ops.BFLOAT16)
+    if name in (config.get("ordered") or ()):
+        expected[f"{name}.order"] = (np.dtype(np.int32), (k,))
+    tensors, whole = fetch(get, expected), 1.0
     if wanted.scale == "e4m3":
         whole = float(tensors[f"{name}.global_scale"][0])
         if not 0.0 < whole < np.inf:
@@ -181,7 +211,7 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
         middle = 1 << (wanted.bits - 1) if wanted.grid.uniform else 0
         zeros = np.full((n, groups), middle, np.uint8)
     zeros = zeros.astype(np.float32) if wanted.offset else zeros
-    return QTensor(codes, scales, zeros, wanted, whole, steps)
+    return QTensor(codes, scales, zeros, wanted, whole, steps, tensors.get(f"{name}.order"))
 
 
 def quantized(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:  # noqa: ARG001
@@ -217,5 +247,5 @@ def side_files(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:  # noqa:
 
 
 def load_line(path: Path, config: Mapping[str, Any]) -> str:  # noqa: ARG001
-    """What reads a written folder: the float view of this package."""
-    return f'open_dense("{path}")'
+    """What loads a written folder as a transformers model."""
+    return f'bitwright.load("{path}")'

@@ -1,4 +1,5 @@
-"""compressed-tensors, format "pack-quantized": integer weights of 2 to 8 bits, weight only.
+"""compressed-tensors: integer weights of 2 to 8 bits. Written as "pack-quantized"; read, too, as
+"int-quantized" (and "naive-quantized"), 8 bits.
 
 Below the module path P of a linear (n, k), b bits, G groups in a row:
 
@@ -7,6 +8,11 @@ Below the module path P of a linear (n, k), b bits, G groups in a row:
     P.weight_shape       int64 (2,)                   n, k
     P.weight_zero_point  int32 (ceil(n b / 32), G)    zero points along n; asymmetric only
     w = (code - zero) * scale                         computed in the dtype of the scale
+
+    P.weight_g_idx       int32 (k,)                   group of each column; actorder "group" only,
+                                                      which is read, not written
+    int-quantized: P.weight int8 (n, k), P.weight_scale (n, G), P.weight_zero_point int8 (n, G),
+    signed; what the config asks of activations is left to the engine
 
 Codes and zero points are the unsigned ones: the library stores signed values plus 2^(b-1), which is
 the same. Words are one dense bitstream since library version 0.18; before, 3, 5, 6 and 7 bits were
@@ -44,6 +50,7 @@ import numpy.typing as npt
 
 from bitwright import ops, schemes
 from bitwright.files.checkpoint import fetch
+from bitwright.formats.order import act_order
 from bitwright.spec import Arch, InputError, QTensor, RefusedError, Scheme, Target
 
 METHOD = "compressed-tensors"
@@ -52,6 +59,7 @@ BITS = (2, 3, 4, 5, 6, 7, 8)
 LIBRARY = "0.19.0"  # the library version whose layout this is
 DENSE_SINCE = (0, 18)  # versions before padded the words of PADDED bits
 PADDED = (3, 5, 6, 7)
+WHOLE_BYTES = ("int-quantized", "naive-quantized")
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), ops.BFLOAT16)
 Array = npt.NDArray[Any]
 Getter = Callable[[str], Array]
@@ -138,6 +146,8 @@ def layout(
 
 def write(name: str, q: QTensor, dtype: np.dtype[Any]) -> dict[str, Array]:
     """The tensors of one linear; RefusedError if its scales are not exact in `dtype`."""
+    if q.order is not None:
+        raise RefusedError(f"[compressed-tensors] {name}: act-order is read, not written")
     scale = q.scales.astype(dtype)
     if not np.array_equal(scale.astype(np.float32), q.scales):
         raise RefusedError(
@@ -164,11 +174,6 @@ def _scheme_of(weights: Mapping[str, Any]) -> Scheme:
             "[compressed-tensors] wanted integer weights by group or channel, got "
             f"{weights.get('type')} by {strategy} of {group}"
         )
-    if weights.get("actorder") == "group":
-        raise RefusedError(
-            "[compressed-tensors] columns in act-order (actorder group, an arbitrary g_idx) are "
-            "not read"
-        )
     where = f"g{group}" if grouped else "channel"
     return schemes.parse(f"int{bits}-{where}{'' if weights.get('symmetric', True) else '-asym'}")
 
@@ -176,7 +181,11 @@ def _scheme_of(weights: Mapping[str, Any]) -> Scheme:
 def _groups(config: Mapping[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
     """Targets and weights of each group of a config."""
     try:
-        groups = [(g["targets"], dict(g["weights"])) for g in config["config_groups"].values()]
+        whole = {"format": config.get("format")}
+        groups = [
+            (g["targets"], {**g["weights"], **whole, **{k: g[k] for k in whole if g.get(k)}})
+            for g in config["config_groups"].values()
+        ]
         patterns = [config.get("ignore") or [], *(targets for targets, _ in groups)]
         for pattern in (p for listed in patterns for p in listed):
             re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
@@ -188,16 +197,24 @@ def _groups(config: Mapping[str, Any]) -> list[tuple[list[str], dict[str, Any]]]
     return groups
 
 
-def scheme(name: str, config: Mapping[str, Any]) -> Scheme | None:
+def scheme(
+    name: str,
+    config: Mapping[str, Any],
+    get: Getter | None = None,  # noqa: ARG001
+) -> Scheme | None:
     """The scheme that a quantization_config gives the module `name`; None: not quantized."""
+    weights = _settings(name, config)
+    return None if weights is None else _scheme_of(weights)
+
+
+def _settings(name: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The weights' settings of the module `name`; None: not quantized."""
     groups = _groups(config)
     if any(_matches(pattern, name) for pattern in config.get("ignore") or ()):
         return None
     exact = [weights for targets, weights in groups if any(_matches(t, name) for t in targets)]
     general = [weights for targets, weights in groups if "Linear" in targets]
-    for weights in (*exact, *general):
-        return _scheme_of(weights)
-    return None
+    return next(iter((*exact, *general)), None)
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -208,17 +225,24 @@ def _matches(pattern: str, name: str) -> bool:
 
 def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     """The linear `name` of a checkpoint whose tensors `get` gives."""
-    wanted = scheme(name, config)
-    if wanted is None or config.get("format") != "pack-quantized":
+    settings = _settings(name, config)
+    kind = "float" if settings is None else settings["format"]
+    if settings is None or kind not in ("pack-quantized", *WHOLE_BYTES):
         raise InputError(
-            f"[compressed-tensors] wanted {name} as pack-quantized, got {config.get('format')}"
+            f"[compressed-tensors] wanted {name} as pack-quantized or int-quantized, got {kind}"
         )
+    wanted = _scheme_of(settings)
+    if kind in WHOLE_BYTES:
+        return _read_bytes(name, get, wanted)
     _require_dense(wanted, config)
     n, k = shape(name, {}, get)
     dtype = get(f"{name}.weight_scale").dtype
     if dtype not in FLOATS:
         raise InputError(f"[compressed-tensors] wanted float scales of {name}, got {dtype}")
-    tensors = fetch(get, layout(name, (n, k), wanted, dtype))
+    expected, order = layout(name, (n, k), wanted, dtype), None
+    if settings.get("actorder") == "group":
+        expected[f"{name}.weight_g_idx"] = (np.dtype(np.int32), (k,))
+    tensors = fetch(get, expected)
     codes = ops.unpack(tensors[f"{name}.weight_packed"].view(np.uint32), wanted.bits, k)
     scales = tensors[f"{name}.weight_scale"].astype(np.float32)
     if wanted.symmetric:
@@ -226,7 +250,30 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     else:
         words = np.ascontiguousarray(tensors[f"{name}.weight_zero_point"].T).view(np.uint32)
         zeros = np.ascontiguousarray(ops.unpack(words, wanted.bits, n).T)
-    return QTensor(codes, scales, zeros, wanted)
+    if f"{name}.weight_g_idx" in tensors:
+        order = act_order(f"{name}.weight_g_idx", tensors[f"{name}.weight_g_idx"], wanted)
+    codes = codes if order is None else np.ascontiguousarray(codes[:, order])
+    return QTensor(codes, scales, zeros, wanted, order=order)
+
+
+def _read_bytes(name: str, get: Getter, wanted: Scheme) -> QTensor:
+    """Of an int-quantized file: a signed byte for each code."""
+    shape, scales = get(f"{name}.weight").shape, get(f"{name}.weight_scale")
+    if len(shape) != 2 or wanted.bits != 8 or scales.dtype not in FLOATS:
+        raise InputError(
+            f"[compressed-tensors] wanted {name}.weight as n x k codes of 8 bits and float scales, "
+            f"got {shape} of {wanted.bits} bits and {scales.dtype}"
+        )
+    int8, sides = np.dtype(np.int8), (shape[0], wanted.groups(shape[1]))
+    expected = {f"{name}.weight": (int8, shape), f"{name}.weight_scale": (scales.dtype, sides)}
+    if not wanted.symmetric:
+        expected[f"{name}.weight_zero_point"] = (int8, sides)
+    tensors, middle = fetch(get, expected), np.uint8(128)
+    zeros = np.full(sides, middle)
+    if not wanted.symmetric:
+        zeros = tensors[f"{name}.weight_zero_point"].view(np.uint8) ^ middle
+    codes = tensors[f"{name}.weight"].view(np.uint8) ^ middle
+    return QTensor(codes, scales.astype(np.float32), zeros, wanted)
 
 
 def _require_dense(scheme: Scheme, config: Mapping[str, Any]) -> None:
@@ -240,16 +287,20 @@ def _require_dense(scheme: Scheme, config: Mapping[str, Any]) -> None:
 
 def quantized(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:  # noqa: ARG001
     """Module paths of the quantized linears among these tensor names."""
-    end = ".weight_packed"
-    return [name.removesuffix(end) for name in names if name.endswith(end)]
+    listed = dict.fromkeys(names)
+    packed = [n.removesuffix(".weight_packed") for n in listed if n.endswith(".weight_packed")]
+    scaled = [n.removesuffix(".weight_scale") for n in listed if n.endswith(".weight_scale")]
+    return [*packed, *(name for name in scaled if f"{name}.weight" in listed)]
 
 
 def shape(
     name: str,
-    shapes: Mapping[str, tuple[int, ...]],  # noqa: ARG001
+    shapes: Mapping[str, tuple[int, ...]],
     get: Getter,
 ) -> tuple[int, int]:
     """(n, k) of a quantized linear."""
+    if len(shapes.get(f"{name}.weight", ())) == 2:
+        return (shapes[f"{name}.weight"][0], shapes[f"{name}.weight"][1])
     sizes = get(f"{name}.weight_shape").tolist()
     good = isinstance(sizes, list) and len(sizes) == 2 and all(type(x) is int for x in sizes)
     if not good or min(sizes) < 1:

@@ -13,6 +13,8 @@ from bitwright import archs, ops, registry
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.spec import InputError, QTensor, Scheme
 
+DEPTH = 3  # names below a module path: "weight.quant_state.bitsandbytes__nf4"
+
 
 class Dense:
     """A view of a checkpoint: quantized modules appear as "<module>.weight", float32, as the
@@ -25,11 +27,10 @@ class Dense:
         self.modules: tuple[str, ...] = ()
         if self.config:
             method = str(self.config.get("quant_method", "")).replace("_", "-")
-            if method not in registry.names("formats"):
+            if method not in registry.readers():
                 raise InputError(
-                    "[dense] wanted a checkpoint in one of "
-                    f"{', '.join(registry.names('formats'))}, "
-                    f"got quant_method {method!r} in {checkpoint.path}"
+                    f"[dense] wanted a checkpoint in one of {', '.join(registry.readers())}, got "
+                    f"quant_method {method!r} in {checkpoint.path}"
                 )
             self.format = registry.get("formats", method)
             self.modules = tuple(self.format.quantized(self.config, checkpoint.entries))
@@ -38,14 +39,18 @@ class Dense:
         linears = [] if arch is None else [x for group in arch.groups for x in group.linears]
         self._transposed = tuple(f".{x.name}.weight" for x in linears if x.transposed)
 
+    def owner(self, tensor: str) -> str | None:
+        """The quantized module whose weight a tensor of the checkpoint is part of."""
+        if tensor.endswith(".bias"):
+            return None
+        parts = tensor.split(".")
+        paths = (".".join(parts[:-i]) for i in range(1, DEPTH + 1))
+        return next((path for path in paths if f"{path}.weight" in self._quantized), None)
+
     def names(self) -> list[str]:
         """Names of the float model's tensors, in the order of the checkpoint."""
-        modules = set(self.modules)
-        spelled = (
-            f"{module}.weight" if module in modules and part != "bias" else f"{module}.{part}"
-            for module, _, part in (name.rpartition(".") for name in self.checkpoint.entries)
-        )
-        return list(dict.fromkeys(spelled))
+        owners = ((name, self.owner(name)) for name in self.checkpoint.entries)
+        return list(dict.fromkeys(f"{own}.weight" if own else name for name, own in owners))
 
     def shape(self, name: str) -> tuple[int, ...]:
         entries = self.checkpoint.entries
@@ -57,11 +62,12 @@ class Dense:
 
     def scheme(self, module: str) -> Scheme:
         """The scheme of a quantized module, without reading its codes."""
-        found = None if self.format is None else self.format.scheme(module, self.config)
-        if found is None:
+        if self.format is None:
             raise InputError(f"[dense] wanted {module} quantized, {self.checkpoint.path} is float")
-        known: Scheme = found
-        return known
+        found: Scheme | None = self.format.scheme(module, self.config, self.checkpoint.read)
+        if found is None:
+            raise InputError(f"[dense] wanted the scheme of {module} in the config, found none")
+        return found
 
     def quantized(self, module: str) -> QTensor:
         """The QTensor of a quantized module."""

@@ -8,6 +8,10 @@ Below the module path P of a linear (n, k), b bits, G groups in a row:
     P.g_idx    int32 (k,)                   group of each input column: j // group
     w[i, j] = (code[i, j] - zero[g_idx[j], i]) * scales[g_idx[j], i]
 
+Others write columns in act-order, an arbitrary g_idx with as many columns in each group; they are
+read with the columns of a group side by side (QTensor.order). `dynamic` "+:" gives modules another
+width or group, which is read, too.
+
 Two conventions for qzeros: v1 (checkpoint_format "gptq") stores zero - 1, v2 ("gptq_v2") the zero
 point. Symmetric results are written as v1, the form that every reader knows; asymmetric ones as v2,
 because readers of v1 either refuse files that a certain tool did not write or wrap a zero point of
@@ -41,6 +45,7 @@ import numpy.typing as npt
 
 from bitwright import ops, schemes
 from bitwright.files.checkpoint import fetch
+from bitwright.formats.order import act_order
 from bitwright.spec import Arch, InputError, QTensor, RefusedError, Scheme, Target
 
 METHOD = "gptq"
@@ -153,6 +158,8 @@ def layout(
 
 def write(name: str, q: QTensor, dtype: np.dtype[Any]) -> dict[str, Array]:  # noqa: ARG001
     """The tensors of one linear; RefusedError if its scales are not exact in fp16."""
+    if q.order is not None:
+        raise RefusedError(f"[gptq] {name}: columns in act-order are read, not written")
     scales = q.scales.astype(np.float16)
     if not np.array_equal(scales.astype(np.float32), q.scales):
         raise RefusedError(
@@ -169,9 +176,28 @@ def write(name: str, q: QTensor, dtype: np.dtype[Any]) -> dict[str, Array]:  # n
     }
 
 
-def scheme(name: str, config: Mapping[str, Any]) -> Scheme:  # noqa: ARG001
-    """The scheme of a module: the one that a GPTQ config gives all of them."""
-    bits, group, symmetric = config.get("bits"), config.get("group_size"), config.get("sym", True)
+def _settings(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config as it holds for a module: with the first rule of `dynamic` that matches."""
+    rules = config.get("dynamic") or {}
+    try:
+        for pattern, changes in rules.items():
+            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
+                return {**config, **changes}
+    except (AttributeError, TypeError, re.error) as error:
+        raise InputError(
+            f"[gptq] wanted patterns with settings as dynamic, got {rules!s:.200}"
+        ) from error
+    return config
+
+
+def scheme(
+    name: str,
+    config: Mapping[str, Any],
+    get: Getter | None = None,  # noqa: ARG001
+) -> Scheme:
+    """The scheme of a module: the one that a GPTQ config gives all of them, or its own."""
+    own = _settings(name, config)
+    bits, group, symmetric = own.get("bits"), own.get("group_size"), own.get("sym", True)
     if bits not in BITS or not isinstance(group, int):
         raise RefusedError(
             f"[gptq] wanted 2, 3, 4 or 8 bits and a group size, got {bits} and {group}"
@@ -192,28 +218,26 @@ def _missing(config: Mapping[str, Any]) -> int:
 
 def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     """The linear `name` of a checkpoint whose tensors `get` gives."""
-    if any(str(key).startswith("+:") for key in config.get("dynamic") or ()):
-        raise RefusedError("[gptq] files with several bit widths (dynamic +:) are not read")
     wanted, missing = scheme(name, config), _missing(config)
-    order, scales = get(f"{name}.g_idx"), get(f"{name}.scales")
-    if order.ndim != 1 or scales.ndim != 2 or not order.size or scales.dtype not in FLOATS:
+    groups, scales = get(f"{name}.g_idx"), get(f"{name}.scales")
+    if groups.ndim != 1 or scales.ndim != 2 or not groups.size or scales.dtype not in FLOATS:
         raise InputError(
             f"[gptq] wanted {name}.g_idx as k integers and {name}.scales as groups x n floats, got "
-            f"{order.shape} and {scales.shape} of {scales.dtype}"
+            f"{groups.shape} and {scales.shape} of {scales.dtype}"
         )
-    k, n = len(order), scales.shape[1]
+    k, n = len(groups), scales.shape[1]
     expected = layout(name, (n, k), wanted, scales.dtype)
     expected[f"{name}.scales"] = (scales.dtype, (wanted.groups(k), n))
     tensors = fetch(get, expected)
-    if not np.array_equal(order, np.arange(k) // wanted.columns(k)):
-        raise RefusedError(f"[gptq] {name}: columns in act-order (an arbitrary g_idx) are not read")
+    order = act_order(f"{name}.g_idx", groups, wanted)
     words = np.ascontiguousarray(tensors[f"{name}.qweight"].T).view(np.uint32)
     codes = ops.unpack(words, wanted.bits, k)
+    codes = codes if order is None else np.ascontiguousarray(codes[:, order])
     packed = np.ascontiguousarray(tensors[f"{name}.qzeros"]).view(np.uint32)
     stored = np.ascontiguousarray(ops.unpack(packed, wanted.bits, n).T)
     _check_zeros(name, stored, wanted, missing)
     values = np.ascontiguousarray(scales.T.astype(np.float32))
-    return QTensor(codes, values, stored + np.uint8(missing), wanted)
+    return QTensor(codes, values, stored + np.uint8(missing), wanted, order=order)
 
 
 def _check_zeros(name: str, stored: Array, wanted: Scheme, missing: int) -> None:

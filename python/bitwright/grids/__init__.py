@@ -1,3 +1,3 @@
 """Number formats. A module here has GRIDS, a dict from name to Grid."""
 
-NAMES = ("int", "fp", "nf")
+NAMES = ("int", "fp", "nf", "bfp")

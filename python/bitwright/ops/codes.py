@@ -173,7 +173,7 @@ def decode(q: QTensor) -> F32:
     """`QTensor.dequantize` by the C++ core: equal bit for bit, several times faster."""
     W = np.empty(q.shape, np.float32)
     _core.decode(*parts("decode", q), core_grid(q.scheme), W)
-    return W
+    return W if q.order is None else np.ascontiguousarray(W[:, np.argsort(q.order)])
 
 
 def stacked(parts: Sequence[QTensor]) -> QTensor:
@@ -193,7 +193,7 @@ def qlinear(X: F32, q: QTensor) -> F32:
     """X (t, k) times the dequantized matrix transposed: float32 (t, n), exact mode."""
     if not q.scheme.grid.uniform or q.scheme.offset:
         raise InputError(f"[qlinear] wanted an integer grid with zero points, got {q.scheme.name}")
-    X = matrix("qlinear", X, np.float32)
+    X = matrix("qlinear", X if q.order is None else X[:, q.order], np.float32)
     Y = np.empty((X.shape[0], q.shape[0]), np.float32)
     _core.qlinear(X, *parts("qlinear", q), Y)
     return Y
