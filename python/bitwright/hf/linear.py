@@ -144,10 +144,11 @@ class QuantLinear(nn.Module):
 
     def hold(self, q: QTensor) -> None:
         """Take the weight q, in panels, and its side tensors as in the file."""
-        if q.shape != (self.out_features, self.in_features) or q.scheme != self.scheme:
+        shape = (self.out_features, self.in_features)
+        if q.shape != shape or q.scheme.name != self.scheme.name:
             raise InputError(
-                f"[hf] wanted a weight {(self.out_features, self.in_features)} in "
-                f"{self.scheme.name}, got {q.shape} in {q.scheme.name}"
+                f"[hf] wanted a weight {shape} in {self.scheme.name}, got {q.shape} in "
+                f"{q.scheme.name}"
             )
         tensors = own.write("", q, ops.BFLOAT16)
         for name in self.layout():
