@@ -76,8 +76,10 @@ inline void tile_part(const PanelLayout& layout, const std::uint8_t* panel, cons
       const std::int64_t stop = begin + x.segment < end ? begin + x.segment : end;
       Sums<kWidth, kTable, kTokens> sums;
       sums.start(layout, zero, x.start + seen * kTokens);
-      for (std::int64_t s = begin; s < stop; ++s)
+      for (std::int64_t s = begin; s < stop; ++s) {
+        prefetch_strip<kWidth>(codes + layout.bytes, s);
         sums.add_strip(layout, codes, s, part, x.quads + s * 4 * kTokens);
+      }
       const float* token = x.scale + seen * kTokens;
 #pragma GCC unroll 16
       for (int t = 0; t < kTokens; ++t)
@@ -101,27 +103,21 @@ inline void tile(const PanelLayout& layout, const std::uint8_t* panel, const Dot
   }
 }
 
-inline float largest(VF values) {
-  float most = 0.0F;
-  for (int lane = 0; lane < kF32; ++lane) most = values[lane] > most ? values[lane] : most;
-  return most;
-}
-
-inline float added(VF values) {
-  float sum = 0.0F;
-  for (int lane = 0; lane < kF32; ++lane) sum += values[lane];
-  return sum;
-}
-
-// Largest |x| / 127, NaN where a value is not finite.
+// Largest |x| / 127, not finite where a value is not: as integers, NaN > infinity > all others.
 inline float step_of(const float* x, std::int64_t columns) {
-  VF most = {}, poison = {};
+  VI most = {};
   for (std::int64_t i = 0; i < columns; i += kF32) {
-    const VF value = load<VF>(x + i);
-    most = maximum(most, absolute(value));
-    poison = poison + (value - value);
+    const VI size = load<VI>(x + i) & 0x7FFFFFFF;
+    most = size > most ? size : most;
   }
-  return largest(most) / 127.0F + added(poison);
+  std::int32_t lanes[kF32];
+  store(lanes, most);
+  for (int half = kF32 / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i)
+      lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  float largest;
+  std::memcpy(&largest, lanes, sizeof largest);
+  return largest / 127.0F;
 }
 
 }  // namespace
@@ -163,9 +159,11 @@ void quantize_row(const PanelLayout& layout, std::int64_t segment, bool per_toke
         }
         for (int j = 0; j < 4; ++j) quads[(s * 4 + j) * stride] = words[j];
       }
-      std::int32_t all = 0;
-      for (int lane = 0; lane < kF32; ++lane) all += total[lane];
-      *sum = all;
+      std::int32_t lanes[kF32];
+      store(lanes, total);
+      for (int half = kF32 / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+      *sum = lanes[0];
     }
   }
 }

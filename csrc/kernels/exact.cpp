@@ -61,6 +61,8 @@ inline void rows(const PanelLayout& layout, const std::uint8_t* panels, const fl
     for (std::int64_t s = first; s < end; ++s) {
       VI quad[kPanels][kParts][4];
       for (int p = 0; p < kPanels; ++p)
+        prefetch_strip<kWidth>(panels + (p + kPanels) * layout.bytes + layout.codes_at, s);
+      for (int p = 0; p < kPanels; ++p)
         for (int v = 0; v < kParts; ++v)
           load_strip<kWidth>(panels + p * layout.bytes + layout.codes_at, s, v, quad[p][v]);
 #pragma GCC unroll 16

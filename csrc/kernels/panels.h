@@ -33,6 +33,14 @@ inline void load_strip(const std::uint8_t* codes, std::int64_t strip, int part, 
   }
 }
 
+// Codes of another panel to L2, while this one's are multiplied: panels are long, and hardware
+// stops at every page.
+template <int kWidth>
+inline void prefetch_strip(const std::uint8_t* codes, std::int64_t strip) {
+  for (int line = 0; line < kWidth / 2; ++line)
+    __builtin_prefetch(codes + (strip * (kWidth / 2) + line) * 64, 0, 2);
+}
+
 // Entry `code` of a table of 16 floats; only the low 4 bits of a code count.
 inline VF look_up(const float* table, VI code) {
 #if defined(__AVX512F__)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -25,6 +26,7 @@ from bitwright.ops.arrays import BFLOAT16, core_grid, matrix, parts, zeros_out
 from bitwright.spec import F32, U8, InputError, QTensor, RefusedError, Scheme
 
 PANEL_ROWS = 16
+FLOAT32: np.dtype[Any] = np.dtype(np.float32)
 LINE = 64  # bytes that panels are aligned to
 Mode = Literal["exact", "fast"]
 Activations = Literal["group", "token"]
@@ -54,11 +56,10 @@ class PackedMatrix:
                 f"[PackedMatrix] wanted contiguous panels uint8 {want} for {self.shape} in "
                 f"{self.scheme.name}, got {p.ndim}-D of {p.dtype} {p.shape}"
             )
-        layout = _layout(self.scheme, self.shape[1])
+        p, layout = p.ravel().reshape(want), _layout(self.scheme, self.shape[1])
+        object.__setattr__(self, "panels", p)
         object.__setattr__(self, "layout", layout)
-        object.__setattr__(
-            self, "core", _core.Packed(p.ravel().reshape(want), self.shape[0], layout)
-        )
+        object.__setattr__(self, "core", _core.Packed(p, self.shape[0], layout))
 
     @staticmethod
     def panel_shape(scheme: Scheme, shape: tuple[int, int]) -> tuple[int, int]:
@@ -165,9 +166,10 @@ def linear(
     and infinities become NaN.
     """
     X = np.asarray(X)
+    single = isinstance(weights, PackedMatrix)
     matrices = [weights] if isinstance(weights, PackedMatrix) else list(weights)
     kind, wanted = X.dtype, X.dtype if dtype is None else np.dtype(dtype)
-    if kind not in (np.float32, BFLOAT16) or wanted not in (np.float32, kind):
+    if kind not in (FLOAT32, BFLOAT16) or wanted not in (FLOAT32, kind):
         raise InputError(
             f"[linear] wanted X of float32 or bfloat16 and a result of its dtype or float32, got "
             f"{kind} and {wanted}"
@@ -177,16 +179,15 @@ def linear(
             f"[linear] wanted mode exact or fast and activations group or token, got {mode} and "
             f"{activations}"
         )
-    X = matrix("linear", X.astype(wanted, copy=False), wanted)
-    sizes = [len(X) * packed.shape[0] for packed in matrices]
-    y = np.empty(sum(sizes), wanted)
-    cores, fast, per_token = [m.core for m in matrices], mode == "fast", activations == "token"
-    if wanted == np.float32:
-        _core.linear_f32(X, cores, fast, per_token, y)
+    X = matrix("linear", X if kind == wanted else X.astype(wanted), wanted)
+    t, rows, cores = len(X), [m.shape[0] for m in matrices], [m.core for m in matrices]
+    y = np.empty(t * sum(rows), wanted)
+    if wanted == FLOAT32:
+        _core.linear_f32(X, cores, mode == "fast", activations == "token", y)
     else:
-        _core.linear_u16(X.view(np.uint16), cores, fast, per_token, y.view(np.uint16))
-    if isinstance(weights, PackedMatrix):
-        return y.reshape(len(X), matrices[0].shape[0])
-    ends = np.cumsum(sizes)
-    pieces = zip(ends - sizes, ends, matrices, strict=True)
-    return [y[a:b].reshape(len(X), packed.shape[0]) for a, b, packed in pieces]
+        words = X.view(np.uint16), cores, mode == "fast", activations == "token"
+        _core.linear_u16(*words, y.view(np.uint16))
+    if single:
+        return y.reshape(t, rows[0])
+    ends = [t * end for end in accumulate(rows)]
+    return [y[end - t * n : end].reshape(t, n) for n, end in zip(rows, ends, strict=True)]
