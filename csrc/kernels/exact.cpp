@@ -9,13 +9,15 @@ namespace bitwright::BITWRIGHT_ISA_NAME {
 
 namespace {
 
-enum class Kind : int { kLevels, kZeros, kOffsets };
+// Without vector look-ups unrolled loops would only be long.
+inline constexpr int kUnroll = kBytes >= 32 ? kStrip : 1;
+
+enum class Kind : int { kLevels, kZeros };
 
 // Where 16 floats are one register, integers around one zero point are a table as well.
 inline Kind kind_of(const PanelLayout& layout) {
   const bool around = layout.zeros == Zeros::kMiddle && layout.width <= 4 && kBytes == 64;
-  if (layout.table || around) return Kind::kLevels;
-  return layout.zeros == Zeros::kOffsets ? Kind::kOffsets : Kind::kZeros;
+  return layout.table || around ? Kind::kLevels : Kind::kZeros;
 }
 
 struct Levels16 {
@@ -26,14 +28,17 @@ struct Levels16 {
   }
 };
 
-// One group of one vector of rows.
+// One group of one vector of rows; one of zero and offset is 0, and takes nothing away.
 struct Group {
-  VF scale, zero;
+  VF scale, zero, offset;
 };
 
 inline Group load_group(const PanelLayout& layout, const std::uint8_t* panel, std::int64_t g,
                         int part) {
-  return {load_scales(layout, panel, 0, g, part), load_zeros(layout, panel, g, part)};
+  const VF scale = load_scales(layout, panel, 0, g, part),
+           zero = load_zeros(layout, panel, g, part);
+  if (layout.zeros == Zeros::kOffsets) return {scale, VF{}, zero};
+  return {scale, zero, VF{}};
 }
 
 template <Kind kKind>
@@ -41,8 +46,7 @@ inline VF value(VI quad, int t, const Group& group, const Levels16& levels) {
   const VI code = quad >> (8 * t);
   if constexpr (kKind == Kind::kLevels) return look_up(levels.values, code) * group.scale;
   const VF number = __builtin_convertvector(code & 255, VF);
-  if constexpr (kKind == Kind::kOffsets) return number * group.scale - group.zero;
-  return (number - group.zero) * group.scale;
+  return (number - group.zero) * group.scale - group.offset;
 }
 
 template <int kWidth, Kind kKind, int kPanels, int kTokens>
@@ -65,7 +69,7 @@ inline void rows(const PanelLayout& layout, const std::uint8_t* panels, const fl
       for (int p = 0; p < kPanels; ++p)
         for (int v = 0; v < kParts; ++v)
           load_strip<kWidth>(panels + p * layout.bytes + layout.codes_at, s, v, quad[p][v]);
-#pragma GCC unroll 16
+#pragma GCC unroll kUnroll
       for (int i = 0; i < kStrip; ++i) {
         for (int p = 0; p < kPanels; ++p)
           for (int v = 0; v < kParts; ++v) {
@@ -83,12 +87,12 @@ inline void rows(const PanelLayout& layout, const std::uint8_t* panels, const fl
 
 // Enough chains side by side to hide a multiply-add's latency.
 template <int kTokens>
-inline constexpr int kAbreast = kTokens > 2 || kParts > 2 ? 1 : 4 / kTokens / kParts;
+inline constexpr int kAbreast = kParts > 2 ? 1 : 4 / kTokens / kParts;
 
 template <int kWidth, Kind kKind, int kTokens>
 inline void all_rows(const PanelLayout& layout, const std::uint8_t* panels, std::int64_t count,
                      const float* x, std::int64_t ldx, float* y, std::int64_t ldy) {
-  constexpr int kPanels = kAbreast<kTokens> > 0 ? kAbreast<kTokens> : 1;
+  constexpr int kPanels = kAbreast<kTokens>;
   std::int64_t p = 0;
   for (; p + kPanels <= count; p += kPanels)
     rows<kWidth, kKind, kPanels, kTokens>(layout, panels + p * layout.bytes, x, ldx,
@@ -102,10 +106,9 @@ template <int kWidth, Kind kKind>
 struct MultiplyRows {
   static void run(const PanelLayout& layout, const std::uint8_t* panels, std::int64_t count,
                   int tokens, const float* x, std::int64_t ldx, float* y, std::int64_t ldy) {
-    if (tokens == 1) return all_rows<kWidth, kKind, 1>(layout, panels, count, x, ldx, y, ldy);
-    if (tokens == 2) return all_rows<kWidth, kKind, 2>(layout, panels, count, x, ldx, y, ldy);
-    if (tokens == 3) return all_rows<kWidth, kKind, 3>(layout, panels, count, x, ldx, y, ldy);
-    all_rows<kWidth, kKind, 4>(layout, panels, count, x, ldx, y, ldy);
+    for (; tokens >= 2; tokens -= 2, x += 2 * ldx, y += 2 * ldy)
+      all_rows<kWidth, kKind, 2>(layout, panels, count, x, ldx, y, ldy);
+    if (tokens == 1) all_rows<kWidth, kKind, 1>(layout, panels, count, x, ldx, y, ldy);
   }
 };
 
@@ -126,7 +129,7 @@ struct Dequantize {
         const Group group = load_group(layout, panel, g, v);
         VI quad[4];
         load_strip<kWidth>(panel + layout.codes_at, s, v, quad);
-#pragma GCC unroll 16
+#pragma GCC unroll kUnroll
         for (int i = 0; i < kStrip; ++i) {
           if (i < columns) {
             store(to, value<kKind>(quad[i / 4], i % 4, group, levels));
@@ -148,9 +151,8 @@ inline void by_width(const PanelLayout& layout, Arguments... arguments) {
 
 template <template <int, Kind> class Kernel, class... Arguments>
 inline void by_layout(const PanelLayout& layout, Arguments... arguments) {
-  const Kind kind = kind_of(layout);
-  if (kind == Kind::kLevels) return by_width<Kernel, Kind::kLevels>(layout, arguments...);
-  if (kind == Kind::kOffsets) return by_width<Kernel, Kind::kOffsets>(layout, arguments...);
+  if (kind_of(layout) == Kind::kLevels)
+    return by_width<Kernel, Kind::kLevels>(layout, arguments...);
   by_width<Kernel, Kind::kZeros>(layout, arguments...);
 }
 

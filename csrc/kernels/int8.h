@@ -30,7 +30,8 @@ using V16 = std::int16_t __attribute__((vector_size(kBytes)));
 inline V16 pairs(VI bytes, VI x) { return (V16)_mm512_maddubs_epi16((__m512i)bytes, (__m512i)x); }
 inline VI add_pairs(V16 a, V16 b) { return (VI)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
 inline VI look_up_bytes(const std::uint8_t* table, VI codes) {
-  const __m512i every = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table));
+  const __m512i every =
+      _mm512_maskz_broadcast_i32x4(0xFFFF, _mm_loadu_si128((const __m128i*)table));
   return (VI)_mm512_shuffle_epi8(every, (__m512i)codes);
 }
 #elif defined(__AVX2__)

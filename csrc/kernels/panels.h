@@ -44,7 +44,7 @@ inline void prefetch_strip(const std::uint8_t* codes, std::int64_t strip) {
 // Entry `code` of a table of 16 floats; only the low 4 bits of a code count.
 inline VF look_up(const float* table, VI code) {
 #if defined(__AVX512F__)
-  return (VF)_mm512_permutexvar_ps((__m512i)code, _mm512_loadu_ps(table));
+  return (VF)_mm512_maskz_permutexvar_ps(0xFFFF, (__m512i)code, _mm512_loadu_ps(table));
 #elif defined(__AVX2__)
   const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)code);
   const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)code);
