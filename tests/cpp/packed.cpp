@@ -37,7 +37,8 @@ struct Matrix {
         values(size.n, size.k) {
     scales.array() = (scales.array() + 1.0F) * 0x1p-9F;
     if (kind.grid.offset) zeros.array() *= 0x1p-5F;
-    if (kind.symmetric) zeros.setConstant(kind.grid.levels.empty() ? 1 << (kind.grid.bits - 1) : 0);
+    const int middle = kind.grid.levels.empty() ? 1 << (kind.grid.bits - 1) : 0;
+    if (kind.symmetric) zeros.setConstant(static_cast<float>(middle));
     decode(codes, scales, zeros, size.group, kind.grid, values);
   }
 };
