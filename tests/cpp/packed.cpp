@@ -1,6 +1,7 @@
 // Matrices in panels: packed and unpacked, multiplied exactly (as qlinear) and over int8
 // activations (within their rounding), over every width, kind of zero point, odd shapes, few and
 // many tokens.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -21,7 +22,9 @@ std::vector<Kind> kinds() {
   for (int bits = 1; bits <= 8; ++bits) found.push_back({{bits, {}, {}}, bits % 2 == 0, "bf16"});
   found.push_back({{4, {}, {}, true}, false, "fp16"});
   found.push_back({{8, {}, {}, true}, false, "fp32"});
-  found.push_back({{3, {-4, -1, -0.5F, 0, 0.5F, 1, 2, 4}, {}}, true, "fp32"});
+  const std::vector<float> levels = {-4, -1, -0.5F, 0, 0.5F, 1, 2, 4};
+  const std::vector<float> middles = {-2.5F, -0.75F, -0.25F, 0.25F, 0.75F, 1.5F, 3};
+  found.push_back({{3, levels, middles}, true, "fp32"});
   return found;
 }
 
@@ -121,7 +124,7 @@ void refusals() {
 
 void packed() {
   for (const Kind& kind : kinds()) {
-    for (const Size& size : kSizes) packed_of(size, kind);
+    for (const Size& size : kSizes) packed_of({size.n, size.k, std::min(size.group, size.k)}, kind);
     packed_of({37, 300, 300}, kind);
   }
   refusals();
