@@ -166,9 +166,8 @@ class QTensor:
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 2 or not self.codes.size:
-            raise InputError(
-                f"[QTensor] wanted codes (n, k), got {self.codes.shape} for {self.scheme.name}"
-            )
+            got = f"{self.codes.shape} for {self.scheme.name}"
+            raise InputError(f"[QTensor] wanted codes (n, k), got {got}")
         n, k = self.codes.shape
         want = (n, self.scheme.groups(k))
         if self.scales.shape != want or self.zeros.shape != want:
@@ -180,10 +179,8 @@ class QTensor:
             raise InputError(f"[QTensor] order must have each of {k} columns once, got others")
         steps = (n, 0) if self.steps is None else self.steps.shape
         if steps != (n, self.scheme.blocks(k)):
-            raise InputError(
-                f"[QTensor] steps must be {(n, self.scheme.blocks(k))} in {self.scheme.name}, got "
-                f"{steps}"
-            )
+            wanted = f"{(n, self.scheme.blocks(k))} in {self.scheme.name}"
+            raise InputError(f"[QTensor] steps must be {wanted}, got {steps}")
         if self.steps is not None:
             self._require_multiples(self.steps)
 
