@@ -70,9 +70,23 @@ class Spool:
         if before is not None:
             before.result()
 
-    def _finish(self, appear: Callable[[], None], name: str = "") -> None:
+    def _finish(
+        self,
+        path: Path,
+        arrays: Mapping[str, npt.NDArray[Any]],
+        metadata: Mapping[str, str],
+        name: str = "",
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Hands a piece over, once the one before is on disk."""
         self.settle()
-        self._written, self._name = self._writer.submit(appear), name
+        appear = safetensors.stage(path, arrays, metadata)
+
+        def finish() -> None:
+            appear()
+            then()
+
+        self._written, self._name = self._writer.submit(finish), name
 
     def start(self, fingerprint: Mapping[str, str]) -> None:
         """Makes the folder, or checks that it was made for the same run; InputError if not."""
@@ -132,7 +146,7 @@ class Spool:
             "columns": str(q.shape[1]),
             "report": json.dumps(done.report.to_dict()),
         }
-        self._finish(safetensors.stage(self._linear(name), arrays, metadata), name)
+        self._finish(self._linear(name), arrays, metadata, name)
 
     def load(self, name: str) -> Finished | None:
         """The finished linear of that name, None if there is none yet."""
@@ -165,7 +179,7 @@ class Spool:
 
     def save_norm(self, name: str, arrays: Mapping[str, npt.NDArray[Any]], exponent: float) -> None:
         path = self.folder / "norms" / f"{name}.safetensors"
-        self._finish(safetensors.stage(path, dict(arrays), {"exponent": repr(exponent)}))
+        self._finish(path, arrays, {"exponent": repr(exponent)})
 
     def norm(self, name: str) -> tuple[dict[str, npt.NDArray[Any]], float] | None:
         """Gain, scales and maybe bias of a rescaled norm, and the exponent; None if plain."""
@@ -179,14 +193,12 @@ class Spool:
     def save_hidden(self, block: int, batches: Sequence[npt.NDArray[Any]]) -> None:
         """The inputs of block `block`; those of earlier blocks are dropped once these are there."""
         arrays = {f"{i:05d}": batch for i, batch in enumerate(batches)}
-        appear = safetensors.stage(self.folder / f"hidden-{block:05d}.safetensors", arrays, {})
+        path = self.folder / f"hidden-{block:05d}.safetensors"
+        self._finish(path, arrays, {}, then=self._drop_older)
 
-        def replace_older() -> None:
-            appear()
-            for path in self._hidden()[:-1]:
-                path.unlink()
-
-        self._finish(replace_older)
+    def _drop_older(self) -> None:
+        for path in self._hidden()[:-1]:
+            path.unlink()
 
     def _hidden(self) -> list[Path]:
         return sorted(self.folder.glob("hidden-?????.safetensors"))
