@@ -29,16 +29,6 @@ from folders import files, ids, logits, quant_linears
 CLOSE = 1e-4
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return folders.float_folder("llama", tmp_path_factory.mktemp("float") / "llama")
-
-
-@pytest.fixture(scope="module")
-def quantized(source):
-    return folders.ours(source, source.with_name("ours"), "int4-g16-asym")
-
-
 @pytest.mark.parametrize("name", [n for n in tiny_models.CONFIGS if n != "opt-350m"])
 def test_every_architecture_by_both_ways(name, tmp_path):
     """load and from_pretrained: the dense model's logits; saved again, the same tensors."""

@@ -16,16 +16,6 @@ from bitwright import hf
 from bitwright.spec import BitwrightError, InputError, RefusedError
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return folders.float_folder("llama", tmp_path_factory.mktemp("float") / "llama")
-
-
-@pytest.fixture(scope="module")
-def quantized(source):
-    return folders.ours(source, source.with_name("ours"), "int4-g16-asym")
-
-
 def edited(folder: Path, out: Path, **changes) -> Path:
     """A copy of a folder with another config.json; None drops a key."""
     shutil.copytree(folder, out)

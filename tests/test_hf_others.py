@@ -51,11 +51,6 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return folders.float_folder("llama", tmp_path_factory.mktemp("float") / "llama")
-
-
 @pytest.mark.parametrize("case", OTHERS)
 def test_formats_of_other_tools(source, tmp_path, case):
     """And what save_pretrained makes of them: format bitwright, equal logits."""
