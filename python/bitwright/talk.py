@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitwright import show
 from bitwright.deferred import Deferred
 from bitwright.spec import InputError
 
 if TYPE_CHECKING:
+    from bitwright import show
     from bitwright.hf import generation
 else:
-    generation = Deferred("bitwright.hf.generation")
+    show, generation = Deferred("bitwright.show"), Deferred("bitwright.hf.generation")
 
 
 class Mode(StrEnum):
