@@ -11,6 +11,7 @@ from torch import nn
 
 from bitwright import ops, schemes
 from bitwright.hf import QuantLinear
+from bitwright.hf.shared import Shared
 from bitwright.spec import InputError, QTensor
 
 SCHEMES = (
@@ -181,3 +182,20 @@ def test_what_it_cannot_take_is_one_sentence():
         layer.set_mode("slow")
     with pytest.raises(InputError, match=r"wanted a weight \(40, 96\) in int4-g32, got \(8, 96\)"):
         layer.hold(weight("int4-g32", n=8))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_layers_of_one_input_never_take_products_of_another(inference):
+    """Another tensor, and the same one changed in place, between the one layer and the other."""
+    first, second = (QuantLinear.of(weight(s), mode="exact") for s in ("int4-g32", "int2-g16-asym"))
+    alone = copy.deepcopy(second)
+    first.shared = second.shared = Shared([first, second])
+    with torch.inference_mode(inference):
+        x, other = inputs(3, K), inputs(3, K) + 1.0
+        first(x)
+        assert torch.equal(second(other), alone(other))
+        first(x)
+        assert torch.equal(second(x), alone(x))
+        first(x)
+        x.mul_(2.0)
+        assert torch.equal(second(x), alone(x))

@@ -2,7 +2,8 @@
 
 q, k and v, or gate and up: activations are rounded once and the cost of a call is paid once. The
 first one that is asked multiplies by all of them, the others take theirs when they are asked about
-the same tensor, unchanged. Which linears share an input is what the architecture declares (archs);
+the same tensor, unchanged; under inference_mode, where torch does not tell whether a tensor was
+changed, each goes alone. Which linears share an input is what the architecture declares (archs);
 linears of other models go alone. The results are those of single calls, bit for bit.
 """
 
@@ -37,10 +38,6 @@ class _Made(NamedTuple):
     products: dict[int, torch.Tensor]
 
 
-def _version(x: torch.Tensor) -> int:
-    return 0 if x.is_inference() else x._version
-
-
 class Shared:
     """Quantized linears with one input. Threads may run the model at once: what was made for one
     tensor is never given for another."""
@@ -51,8 +48,10 @@ class Shared:
 
     def product(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
         """x times the weight of `layer`, one of these."""
+        if x.is_inference():
+            return product(x, layer.matrix(), layer.mode, layer.activations)
         made = self.made
-        if made is not None and made.x is x and made.version == _version(x):
+        if made is not None and made.x is x and made.version == x._version:
             y = made.products.pop(id(layer), None)
             if y is not None:
                 self.made = made if made.products else None
@@ -63,7 +62,7 @@ class Shared:
         ys = products(x, [other.matrix() for other in self.layers], mode, activations)
         found = {id(other): y for other, y in zip(self.layers, ys, strict=True)}
         mine = found.pop(id(layer))
-        self.made = _Made(x, _version(x), found)
+        self.made = _Made(x, x._version, found)
         return mine
 
 
