@@ -211,9 +211,11 @@ def test_products_of_bf16_pairs_are_for_bf16_where_the_machine_has_them() -> Non
         words = X.astype(dtype)
         if in_pairs(dtype):
             assert ops.products_of(dtype) == "bfloat16"
-            first, second = np.zeros((2, 8, 8))
-            ops.gram(words, first), ops.gram(words, second, "bfloat16")
-            np.testing.assert_array_equal(first, second)
+            sums = dict(zip((None, "bfloat16", "float32"), np.zeros((3, 8, 8)), strict=True))
+            for products, found in sums.items():
+                ops.gram(words, found, products)
+            np.testing.assert_array_equal(sums[None], sums["bfloat16"])
+            assert not np.array_equal(sums["bfloat16"], sums["float32"])  # another order of sums
             continue
         assert ops.products_of(dtype) == "float32"
         with pytest.raises(InputError, match=r"^\[sums\] wanted products of float32 or bfloat16"):
