@@ -103,7 +103,7 @@ class Speaker:
         )
         return self._generate(inputs, emit, **settings)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _generate(
         self,
         inputs: Mapping[str, torch.Tensor],
