@@ -13,6 +13,7 @@ import numpy as np
 
 from bitwright import ops, schemes
 from bitwright.spec import Scheme, Stats
+from ref.quadratic import quadratic
 
 UNIT = 2.0**-24  # unit roundoff of float32
 DOUBLE = 2.0**-53
@@ -106,3 +107,8 @@ def threads(n: int) -> Iterator[None]:
         yield
     finally:
         ops.set_threads(before)
+
+
+def quadratic_limit(E: np.ndarray, H: np.ndarray) -> float:
+    """float32 chains along k and the rounding of H to float32: (k + 2) u |E| |H| |E|^T."""
+    return (len(H) + 2) * UNIT * quadratic(np.abs(E), np.abs(H))

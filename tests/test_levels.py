@@ -334,6 +334,7 @@ def test_base_level_equals_its_twins() -> None:
         "-p",
         "no:cacheprovider",
         "test_ops.py",
+        "test_sums.py",
         "test_scales.py",
         "test_linear.py",
         "-k",
