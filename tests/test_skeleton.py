@@ -122,13 +122,18 @@ def test_arrays_become_tensors_on_the_same_memory():
         assert torch.equal(as_tensor(array), tensor)
 
 
-def test_the_forward_dtype_follows_the_instruction_set(monkeypatch):
-    for flags, want in (
-        ("fma avx512_bf16", "bfloat16"),
-        ("amx_bf16", "bfloat16"),
-        ("avx2", "float32"),
-    ):
-        monkeypatch.setattr(
-            "pathlib.Path.read_text", lambda _, flags=flags: f"a: b\nflags : {flags}\n"
-        )
-        assert forward_dtype() == want
+@pytest.mark.parametrize(
+    ("maker", "flags", "want"),
+    [
+        ("AuthenticAMD", "fma avx512_bf16", "bfloat16"),
+        ("GenuineIntel", "fma avx512_bf16", "float32"),
+        ("GenuineIntel", "avx512_bf16 amx_bf16", "bfloat16"),
+        ("GenuineIntel", "avx2", "float32"),
+    ],
+)
+def test_the_forward_dtype_follows_the_maker_and_the_instruction_set(
+    monkeypatch, maker, flags, want
+):
+    told = f"processor\t: 0\nvendor_id\t: {maker}\nflags\t\t: {flags}\n"
+    monkeypatch.setattr("pathlib.Path.read_text", lambda _: told)
+    assert forward_dtype() == want

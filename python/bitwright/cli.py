@@ -134,7 +134,7 @@ Chat = Annotated[
 ]
 ForwardType = Annotated[
     Dtype | None,
-    typer.Option("--dtype", help="Of the calibration forward. [bfloat16 where the CPU has it]"),
+    typer.Option("--dtype", help="Of the calibration forward. [bfloat16 where it is the faster]"),
 ]
 Memory = Annotated[
     int | None,
