@@ -137,8 +137,8 @@ def bound(X: np.ndarray, q: QTensor, per_token: bool) -> np.ndarray:
     d = np.repeat(step(X), k, 1)
     if not per_token:
         for begin in range(0, k, group):
-            for a in range(begin, min(begin + group, k), 128):
-                part = slice(a, min(a + 128, begin + group, k))
+            for a in range(begin, min(begin + group, k), 32):
+                part = slice(a, min(a + 32, begin + group, k))
                 d[:, part] = step(X[:, part])
     limit = d.astype(np.float64) @ W.T / 2
     if q.scheme.grid.name == "nf4":

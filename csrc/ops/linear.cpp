@@ -19,7 +19,7 @@ constexpr Index kBlockStrips = 32;        // exact: columns of 48 rows as floats
 constexpr Index kMostPanels = 16;         // of a task: their codes stay in L2 while the tokens pass
 constexpr double kTaskNanoseconds = 1e4;  // below two of these no thread is started
 // Segments: as long as int8 tokens share a scale; per token as long as sums fit in 32 bits.
-constexpr Index kGroupSegment = 8, kTokenSegment = 64;
+constexpr Index kGroupSegment = 2, kTokenSegment = 64;
 
 Index panels_of(const Packed& w) { return ceil_div(w.n, kPanelRows); }
 

@@ -54,7 +54,8 @@ PLANNED = """
 import json, sys
 from bitwright import plan, recipe
 source, wishes, memory = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-made = plan.make(source, recipe.from_dict(wishes), memory=memory or None)
+dtype = wishes.pop("dtype", None)
+made = plan.make(source, recipe.from_dict(wishes), dtype=dtype, memory=memory or None)
 print(json.dumps(made.to_dict()))
 """
 RUN = """
@@ -143,12 +144,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--efforts", nargs="+", default=["fast", "default"])
     parser.add_argument("--memory", type=float, default=0.0, help="GB; 0: 80 %% of what is free")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the forward")
     a = parser.parse_args()
     if a.what == "make":
         return make(a.folder, a.blocks, a.vocabulary)
     for effort in a.efforts:
         samples = a.samples or (16 if a.what == "run" else 128)
-        wishes = {"effort": effort, "samples": samples, "length": a.length}
+        wishes: dict[str, Any] = {"effort": effort, "samples": samples, "length": a.length}
+        wishes |= {"dtype": a.dtype} if a.dtype else {}
         memory = int(a.memory * 1e9)
         run(a.folder, wishes, memory) if a.what == "run" else plan_whole(wishes, memory)
     return None

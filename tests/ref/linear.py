@@ -1,6 +1,6 @@
 """y = x W^T. Exact: one float32 multiply-add chain along k. Fast: int8 codes of x,
 
-q = rint(x / d), d = max |x| / 127 over a segment: 128 columns of a group at most, or the token;
+q = rint(x / d), d = max |x| / 127 over a segment: 32 columns of a group at most, or the token;
 y = fma(sum q (code - zero), scale d, y) segment by segment; per token scale alone, then d y;
 with offsets y = fma(sum q code, scale d, y), then fma(-offset, d sum q, y).
 """
@@ -36,7 +36,7 @@ def fast(x, codes, scales, zeros, group, bits, per_token, fused, table=None, off
     levels, _, unit = levels_of(table, bits)
     zeros = np.asarray(zeros, np.float32)
     token, y = step(x), np.zeros((len(x), len(codes)), np.float32)
-    longest = 1024 if per_token else 128
+    longest = 1024 if per_token else 32
     for begin in range(0, x.shape[1], group):
         g, end = begin // group, min(begin + group, x.shape[1])
         for a in range(begin, end, longest):

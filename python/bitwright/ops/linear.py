@@ -5,7 +5,7 @@ bits, scales 16 where the scheme's are bf16 or fp16 (powers of two are bf16 as w
 
 exact: W is dequantized in registers, float32 sums along k in order; equal to `qlinear` bit for bit.
 fast: x = d q + e with int8 q and |e| <= d / 2, d = largest |x| / 127 of the token's columns that
-share a weight scale (128 at most), or of the whole token; so that, W dequantized,
+share a weight scale (32 at most), or of the whole token; so that, W dequantized,
 |y - y_exact| <= sum_j |w_j| d_j / 2 and rounding. Levels of a table are multiples of the smallest
 positive one (fp4) or are rounded to multiples of the largest / 127 (nf4: 0.004 scale more per
 weight).
