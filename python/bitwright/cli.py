@@ -23,15 +23,14 @@ import typer
 from bitwright import talk
 from bitwright.bench import command as bench
 from bitwright.deferred import Deferred
-from bitwright.spec import (
-    METHODS,
+from bitwright.errors import (
     BitwrightError,
     InputError,
     NumericalError,
-    Recipe,
     RefusedError,
     VerificationError,
 )
+from bitwright.registry import METHODS
 
 if TYPE_CHECKING:
     from transformers.utils import logging as transformers_logging
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from bitwright import recipe as recipes
     from bitwright.calib import data
     from bitwright.files import checkpoint, hub
+    from bitwright.spec import Recipe
 else:
     conversion, demo, evaluate, inspection, module, papers, plan, show, recipes = (
         Deferred(f"bitwright.{name}")

@@ -25,7 +25,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from bitwright import registry, schemes
-from bitwright.spec import METHODS, InputError, Override, Recipe, RefusedError, Scheme
+from bitwright.spec import InputError, Override, Recipe, RefusedError, Scheme
 
 _ADAPTER = TypeAdapter(Recipe)
 
@@ -93,9 +93,9 @@ def merge(
 def check(recipe: Recipe) -> None:
     """RefusedError for an unknown scheme, method or format, InputError for impossible numbers."""
     default = schemes.parse(recipe.scheme)
-    if recipe.method not in METHODS:
+    if recipe.method not in registry.METHODS:
         raise RefusedError(
-            f"[recipe] wanted a method of {', '.join(METHODS)}, got {recipe.method!r}"
+            f"[recipe] wanted a method of {', '.join(registry.METHODS)}, got {recipe.method!r}"
         )
     if recipe.format not in registry.names("formats"):
         known = ", ".join(registry.names("formats"))

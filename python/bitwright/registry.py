@@ -6,6 +6,7 @@ from importlib import import_module
 from types import ModuleType
 
 PACKAGES = ("grids", "solvers", "transforms", "formats", "archs")
+METHODS = ("rtn", "gptq", "awq", "awq+gptq")  # a solver, a transform or both
 
 
 def readers() -> tuple[str, ...]:

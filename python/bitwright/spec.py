@@ -32,7 +32,6 @@ I32 = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 
-METHODS = ("rtn", "gptq", "awq", "awq+gptq")
 ScaleGrid = Literal["bf16", "fp16", "fp32", "e8m0", "e4m3"]
 SCALE_BITS: Mapping[ScaleGrid, int] = {"bf16": 16, "fp16": 16, "fp32": 32, "e8m0": 8, "e4m3": 8}
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitwright.deferred import Deferred
-from bitwright.spec import InputError
+from bitwright.errors import InputError
 
 if TYPE_CHECKING:
     from bitwright import show
