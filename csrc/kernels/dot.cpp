@@ -1,5 +1,7 @@
-// Panels times int8 tokens: integer sums over a segment in registers, 16 rows x up to kDotTokens
-// tokens, then per segment, in ascending order, y = fma(sum, weight scale * token scale, y).
+// Panels times int8 tokens, 16 rows x up to kDotTokens tokens: integer sums over a segment in
+// registers; of a group, from what its zero points take away on, sum = fma(segment, token scale,
+// sum), or sum + segment where tokens have one scale each; y = fma(sum, weight scale, y). All
+// ascending.
 #include "kernels/int8.h"
 #include "kernels/table.h"
 
@@ -16,14 +18,7 @@ inline constexpr int kChains = kVnni ? (kTokens >= 8   ? 1
 
 template <int kWidth, bool kTable, int kTokens>
 struct Sums {
-  VI sum[kTokens][kChains<kTokens>];
-
-  inline void start(const PanelLayout& layout, VI zero, const std::int32_t* at) {
-    for (int t = 0; t < kTokens; ++t) {
-      sum[t][0] = layout.zeros == Zeros::kBytes ? zero * at[t] : broadcast<VI>(at[t]);
-      for (int c = 1; c < kChains<kTokens>; ++c) sum[t][c] = VI{};
-    }
-  }
+  VI sum[kTokens][kChains<kTokens>] = {};
 
   inline void add_strip(const PanelLayout& layout, const std::uint8_t* codes, std::int64_t strip,
                         int part, const std::int32_t* x) {
@@ -55,38 +50,51 @@ struct Sums {
   }
 };
 
+// What a group's sums start with: x.shift times the zero points, if they count in codes.
+template <int kTokens>
+inline void start(const PanelLayout& layout, const std::uint8_t* panel, std::int64_t g, int part,
+                  const float* shift, VF (&sum)[kTokens]) {
+  if (layout.zeros == Zeros::kMiddle) {
+    for (int t = 0; t < kTokens; ++t) sum[t] = broadcast<VF>(shift[t]);
+  } else if (layout.zeros == Zeros::kBytes) {
+    const VF zero = load_zeros(layout, panel, g, part);
+    for (int t = 0; t < kTokens; ++t) sum[t] = zero * shift[t];
+  } else {
+    for (int t = 0; t < kTokens; ++t) sum[t] = VF{};
+  }
+}
+
 template <int kWidth, bool kTable, int kTokens>
 inline void tile_part(const PanelLayout& layout, const std::uint8_t* panel, const DotTokens& x,
                       int part, float* y, std::int64_t ldy) {
   const std::uint8_t* codes = panel + layout.codes_at;
+  const float *token = x.scale, *shift = x.shift;
   VF out[kTokens] = {};
-  std::int64_t seen = 0;  // segments
-  for (std::int64_t g = 0; g < layout.groups; ++g) {
+  for (std::int64_t g = 0; g < layout.groups; ++g, shift += kTokens) {
     const std::int64_t first = g * layout.group_strips;
     const std::int64_t end =
         first + layout.group_strips < layout.strips ? first + layout.group_strips : layout.strips;
-    const VF scale = load_scales(layout, panel, 0, g, part) * layout.unit;
-    VI zero = {};
-    VF offset = {};
-    if (layout.zeros == Zeros::kBytes)
-      zero = load_bytes(panel + layout.zeros_at + g * kPanelRows + part * kF32);
-    if (layout.zeros == Zeros::kOffsets)
-      offset = -load_scales(layout, panel, layout.zeros_at, g, part);
-    for (std::int64_t begin = first; begin < end; begin += x.segment, ++seen) {
+    VF sum[kTokens];
+    start(layout, panel, g, part, shift, sum);
+    for (std::int64_t begin = first; begin < end; begin += x.segment) {
       const std::int64_t stop = begin + x.segment < end ? begin + x.segment : end;
-      Sums<kWidth, kTable, kTokens> sums;
-      sums.start(layout, zero, x.start + seen * kTokens);
+      Sums<kWidth, kTable, kTokens> segment;
       for (std::int64_t s = begin; s < stop; ++s) {
         prefetch_strip<kWidth>(codes + layout.bytes, s);
-        sums.add_strip(layout, codes, s, part, x.quads + s * 4 * kTokens);
+        segment.add_strip(layout, codes, s, part, x.quads + s * 4 * kTokens);
       }
-      const float* token = x.scale + seen * kTokens;
 #pragma GCC unroll 16
       for (int t = 0; t < kTokens; ++t)
-        out[t] = fma(sums.total(t), x.per_token ? scale : scale * token[t], out[t]);
-      if (layout.zeros == Zeros::kOffsets)
-        for (int t = 0; t < kTokens; ++t)
-          out[t] = fma(offset, broadcast<VF>(x.shift[seen * kTokens + t]), out[t]);
+        sum[t] = x.per_token ? sum[t] + segment.total(t)
+                             : fma(segment.total(t), broadcast<VF>(token[t]), sum[t]);
+      if (!x.per_token) token += kTokens;
+    }
+    const VF scale = load_scales(layout, panel, 0, g, part) * layout.unit;
+#pragma GCC unroll 16
+    for (int t = 0; t < kTokens; ++t) out[t] = fma(sum[t], scale, out[t]);
+    if (layout.zeros == Zeros::kOffsets) {
+      const VF offset = load_scales(layout, panel, layout.zeros_at, g, part);
+      for (int t = 0; t < kTokens; ++t) out[t] = fma(offset, broadcast<VF>(shift[t]), out[t]);
     }
   }
   for (int t = 0; t < kTokens; ++t)

@@ -39,16 +39,15 @@ struct PanelLayout {
 };
 
 // Tokens as int8. A segment is a run of strips of one group with one scale of the activations.
-// [strip][4][tokens] quads of 4 columns; [segment][tokens]: scale (one per token: only [tokens]),
-// where the integer sums start, and what offsets take away, per unit of offset.
+// [strip][4][tokens] quads of 4 columns; [segment][tokens] scales (one per token: only [tokens]);
+// [group][tokens] what is added for each unit of zero point or offset, or for the middle.
 struct DotTokens {
   int tokens;
   bool per_token;
   std::int64_t segment;  // strips
   const std::int32_t* quads;
   const float* scale;
-  const std::int32_t* start;  // -zero * sum of the segment; Zeros::kBytes: see dot_tile
-  const float* shift;         // scale * sum, of per_token the sum; Zeros::kOffsets only
+  const float* shift;
 };
 
 }  // namespace bitwright

@@ -17,7 +17,7 @@
 namespace bitwright::BITWRIGHT_ISA_NAME {
 
 #if defined(__AVX512F__)
-inline constexpr int kBytes = 64, kMrF32 = 8, kMrF64 = 8, kDotTokens = 12;
+inline constexpr int kBytes = 64, kMrF32 = 8, kMrF64 = 8, kDotTokens = 13;
 #elif defined(__AVX2__)
 inline constexpr int kBytes = 32, kMrF32 = 4, kMrF64 = 4, kDotTokens = 4;
 #elif defined(__aarch64__)

@@ -143,7 +143,7 @@ class Quantized {
         tokens_(x.rows()),
         tiles_(ceil_div(x.rows(), table().dot_tokens)),
         segment_(per_token ? kTokenSegment : kGroupSegment),
-        segments_(count_segments()),
+        segments_((layout.groups - 1) * segments_of(0) + segments_of(layout.groups - 1)),
         quads_(tokens_ * layout.strips * 4),
         scale_(tokens_ * segments_),
         sum_(tokens_ * segments_) {
@@ -164,29 +164,36 @@ class Quantized {
   }
   Index begin(Index tile) const { return tokens_ * tile / tiles_; }
   Index tiles() const { return tiles_; }
-  Index cells() const { return tokens_ * segments_; }
-  const std::int32_t* sums() const { return sum_.get(); }
-  // What offsets take away for each unit: scale * sum, or the sum where scales are per token.
-  void shifts(float* to) const {
-    for (Index i = 0; i < cells(); ++i)
-      to[i] = static_cast<float>(sum_[i]) * (per_token_ ? 1.0F : scale_[i]);
+  Index cells() const { return tokens_ * layout_.groups; }
+  // [tile][group][token]: what the codes of a token in a group come to, times -zero.
+  void shifts(float zero, float* to) const {
+    for (Index i = 0; i < tiles_; ++i) {
+      const Index first = begin(i), count = begin(i + 1) - first;
+      const std::int32_t* sum = sum_ + first * segments_;
+      const float* scale = scale_ + first * scales();
+      for (Index g = 0; g < layout_.groups; ++g, to += count) {
+        std::fill(to, to + count, 0.0F);
+        for (Index s = segments_of(g); s > 0; --s, sum += count, scale += per_token_ ? 0 : count)
+          for (Index t = 0; t < count; ++t)
+            to[t] += static_cast<float>(sum[t]) * (per_token_ ? 1.0F : scale[t]);
+        for (Index t = 0; t < count; ++t) to[t] *= -zero;
+      }
+    }
   }
-  DotTokens tile(Index tile, const std::int32_t* start, const float* shift) const {
+  DotTokens tile(Index tile, const float* shift) const {
     const Index first = begin(tile);
     return {static_cast<int>(begin(tile + 1) - first),
             per_token_,
             segment_,
             quads_ + first * layout_.strips * 4,
             scale_ + first * scales(),
-            start + first * segments_,
-            shift == nullptr ? nullptr : shift + first * segments_};
+            shift + first * layout_.groups};
   }
 
  private:
-  Index count_segments() const {
-    const Index last = layout_.strips - (layout_.groups - 1) * layout_.group_strips;
-    return (layout_.groups - 1) * ceil_div(layout_.group_strips, segment_) +
-           ceil_div(last, segment_);
+  Index segments_of(Index group) const {
+    const Index left = layout_.strips - group * layout_.group_strips;
+    return ceil_div(std::min(left, layout_.group_strips), segment_);
   }
   Index scales() const { return per_token_ ? 1 : segments_; }
 
@@ -198,25 +205,15 @@ class Quantized {
   Buffer<std::int32_t> sum_;
 };
 
-// One matrix's view of the tokens: where its integer sums start, what its offsets take away.
+// One matrix's view of the tokens: what its zero points take away.
 struct Operand {
   const Quantized* tokens;
-  Buffer<std::int32_t> start;
   Buffer<float> shift;
-  bool shifted;
 
-  Operand(const Quantized& x, const PanelLayout& layout)
-      : tokens(&x),
-        start(x.cells()),
-        shift(layout.zeros == Zeros::kOffsets ? x.cells() : 0),
-        shifted(layout.zeros == Zeros::kOffsets) {
-    const int zero = shifted ? 0 : layout.zeros == Zeros::kBytes ? 1 : layout.dot_zero;
-    for (Index i = 0; i < x.cells(); ++i) start[i] = -zero * x.sums()[i];
-    if (shifted) x.shifts(shift.get());
+  Operand(const Quantized& x, const PanelLayout& layout) : tokens(&x), shift(x.cells()) {
+    x.shifts(layout.zeros == Zeros::kMiddle ? float(layout.dot_zero) : 1.0F, shift.get());
   }
-  DotTokens tile(Index i) const {
-    return tokens->tile(i, start.get(), shifted ? shift.get() : nullptr);
-  }
+  DotTokens tile(Index i) const { return tokens->tile(i, shift.get()); }
 };
 
 template <class T>
