@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "core/buffer.h"
@@ -89,11 +91,28 @@ inline void require_codes(const char* op, Index n, Index k, Index group, In<floa
 // range.
 inline constexpr double kLargest = 0x1p56;
 
+// Whether a row has an entry that is not finite or beyond kLargest; as integers, whose order is
+// that of the magnitudes, so that it takes no branch.
+template <class T>
+inline bool damaged(const T* row, Index count) {
+  using Word = std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>;
+  const T limit = static_cast<T>(kLargest);
+  Word most, any = 0;
+  std::memcpy(&most, &limit, sizeof most);
+  for (Index j = 0; j < count; ++j) {
+    Word bits;
+    std::memcpy(&bits, row + j, sizeof bits);
+    any |= most - (bits & std::numeric_limits<Word>::max());
+  }
+  return any < 0;
+}
+
 template <class T>
 inline void require_finite(const char* op, const char* what,
                            const Eigen::Ref<const RowMajor<T>>& x) {
   parallel_for(x.rows(), [&](Index r) {
     const T* row = x.data() + r * x.outerStride();
+    if (!damaged(row, x.cols())) return;
     for (Index j = 0; j < x.cols(); ++j)
       require(std::abs(row[j]) <= static_cast<T>(kLargest), "[", op, "] ", what,
               " must be finite and at most 2^56, got ", row[j], " at (", r, ", ", j, ")");
