@@ -23,7 +23,6 @@ constexpr Index kPanelsPerTask = 16;  // at most: their columns of the block sta
 constexpr Index kTasksPerThread = 3;  // at least, where there are as many panels
 constexpr Index kChain = 128;         // columns of a tile call: its right operand stays in L1
 constexpr Index kAtOnce = 8;          // rows loaded, a cache line of each column
-constexpr Index kStrip = 64;          // columns of a panel that are stored at a time, in L1
 constexpr Index kLine = 8;            // doubles
 
 class Cholesky {
@@ -78,9 +77,9 @@ class Cholesky {
   void store(const To& to) {
     parallel_for(panels(), [&](Index panel) {
       const Index row = panel * nr_, rows = std::min(nr_, k_ - row);
-      for (Index first = 0; first < row + rows; first += kStrip)
+      for (Index first = 0; first < row + rows; first += kTurned)
         for (Index lane = 0; lane < rows; ++lane) {
-          const Index end = std::min(first + kStrip, row + lane + 1);
+          const Index end = std::min(first + kTurned, row + lane + 1);
           const double* from = at_(panel, first) + lane;
           float* out = to(row + lane);
           // + 0: the sign of a zero depends on the block that it went through
