@@ -1,6 +1,6 @@
-// The register tile: mr x nr results stay in registers while k runs; 3 loads and mr broadcasts feed
-// 3 mr multiply-adds. Eight rows of three 512-bit vectors use 24 of 32 registers.
-#include "kernels/simd.h"
+// Products of panels: the register tiles, and their results added up in double.
+#include "kernels/tile.h"
+
 #include "kernels/table.h"
 
 namespace bitwright::BITWRIGHT_ISA_NAME {
@@ -9,20 +9,10 @@ namespace {
 
 template <class V, int kRows, class T>
 inline void tile(std::int64_t k, const T* a, std::int64_t lda, const T* b, T* c, std::int64_t ldc) {
-  constexpr int kLanes = kBytes / static_cast<int>(sizeof(T));
   V sum[kRows][kVectors];
-  for (int i = 0; i < kRows; ++i)
-    for (int v = 0; v < kVectors; ++v) sum[i][v] = load<V>(c + i * ldc + v * kLanes);
-  for (std::int64_t p = 0; p < k; ++p, a += lda, b += kVectors * kLanes) {
-    V right[kVectors];
-    for (int v = 0; v < kVectors; ++v) right[v] = load<V>(b + v * kLanes);
-    for (int i = 0; i < kRows; ++i) {
-      const V left = broadcast<V>(a[i]);
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = fma(left, right[v], sum[i][v]);
-    }
-  }
-  for (int i = 0; i < kRows; ++i)
-    for (int v = 0; v < kVectors; ++v) store(c + i * ldc + v * kLanes, sum[i][v]);
+  load_tile<V, kRows>(sum, c, ldc);
+  add_products<V, kRows>(sum, k, a, lda, b);
+  store_tile<V, kRows>(sum, c, ldc);
 }
 
 }  // namespace
@@ -61,55 +51,6 @@ void widen_add(std::int64_t rows, std::int64_t columns, const float* c, std::int
                std::int64_t ldh) {
   for (std::int64_t i = 0; i < rows; ++i, c += ldc, h += ldh)
     for (std::int64_t j = 0; j < columns; ++j) h[j] += static_cast<double>(c[j]);
-}
-
-namespace {
-
-inline double root(double x) {
-#if defined(__x86_64__)
-  return _mm_cvtsd_f64(_mm_sqrt_pd(_mm_set1_pd(x)));
-#else
-  return __builtin_sqrt(x);
-#endif
-}
-
-}  // namespace
-
-void cholesky_f64(std::int64_t n, double* x, bool* positive) {
-  for (std::int64_t j = 0; j < n; ++j) {
-    double* column = x + j * n;
-    for (std::int64_t i = j / kNrF64 * kNrF64; i < n; i += kNrF64) {
-      VD sum[kVectors];
-      for (int v = 0; v < kVectors; ++v) sum[v] = load<VD>(column + i + v * kF64);
-      for (std::int64_t m = 0; m < j; ++m) {
-        const VD factor = broadcast<VD>(-x[m * n + j]);
-        for (int v = 0; v < kVectors; ++v)
-          sum[v] = fma(factor, load<VD>(x + m * n + i + v * kF64), sum[v]);
-      }
-      for (int v = 0; v < kVectors; ++v) store(column + i + v * kF64, sum[v]);
-    }
-    const double pivot = column[j];
-    if (!(pivot > 0.0 && pivot <= __DBL_MAX__)) {
-      *positive = false;
-      return;
-    }
-    const double diagonal = root(pivot);
-    for (std::int64_t i = j; i < n; ++i) column[i] = i == j ? diagonal : column[i] / diagonal;
-  }
-}
-
-void solve_lower_f64(std::int64_t n, const double* lower, double* x) {
-  for (std::int64_t j = 0; j < n; ++j) {
-    VD sum[kVectors];
-    for (int v = 0; v < kVectors; ++v) sum[v] = load<VD>(x + j * kNrF64 + v * kF64);
-    for (std::int64_t m = 0; m < j; ++m) {
-      const VD factor = broadcast<VD>(-lower[j * n + m]);
-      for (int v = 0; v < kVectors; ++v)
-        sum[v] = fma(factor, load<VD>(x + m * kNrF64 + v * kF64), sum[v]);
-    }
-    const VD diagonal = broadcast<VD>(lower[j * n + j]);
-    for (int v = 0; v < kVectors; ++v) store(x + j * kNrF64 + v * kF64, sum[v] / diagonal);
-  }
 }
 
 }  // namespace bitwright::BITWRIGHT_ISA_NAME

@@ -12,6 +12,8 @@ namespace bitwright {
 
 namespace {
 
+constexpr Index kPanelsPerTask = 2;
+
 // error [columns][nr] = w / s - value on the grid / s, for one group of a panel; s may be null.
 void round_group(float top, Index columns, const float* w, const float* column_scale,
                  const float* scale, const float* zero, float* error) {
@@ -35,10 +37,12 @@ double quadratic(In<float> e, In<double> h) {
   require_finite("quadratic", "H", h);
   const LeftSlices left = half_of(h, 0, k);
   Buffer<double> loss(ceil_div(n, nr) * nr, true);
-  parallel_for(ceil_div(n, nr), [&](Index panel) {
-    Buffer<float> error(k * nr);
-    load_panel(e, panel * nr, 0, k, error.get());
-    panel_quadratic(left, k, error.get(), loss + panel * nr);
+  const Index panels = ceil_div(n, nr);
+  parallel_for(ceil_div(panels, kPanelsPerTask), [&](Index task) {
+    const Index first = task * kPanelsPerTask, count = std::min(kPanelsPerTask, panels - first);
+    Buffer<float> error(count * k * nr);
+    for (Index p = 0; p < count; ++p) load_panel(e, (first + p) * nr, 0, k, error + p * k * nr);
+    panel_quadratic(left, k, count, error.get(), loss + first * nr);
   });
   double sum = 0.0;
   for (Index row = 0; row < n; ++row) sum += loss[row];
@@ -80,7 +84,7 @@ void awq_scale(In<float> w, In<double> h, In<float> column_scales, const FitSett
       round_group(options.coding.max_code, columns, values + first * nr, column_scale + first,
                   scale.get(), zero.get(), error + first * nr);
     }
-    panel_quadratic(left, k, error.get(), loss + task * nr);
+    panel_quadratic(left, k, 1, error.get(), loss + task * nr);
   });
   for (Index a = 0; a < candidates; ++a) {
     losses[a] = 0.0;
@@ -118,7 +122,7 @@ void awq_clip(In<float> w, In<double> h, const FitSettings& settings, InVec<floa
         round_group(options.coding.max_code, columns, values.get(), nullptr, scale.get(),
                     zero.get(), error.get());
         std::fill(loss.get(), loss + nr, 0.0);
-        panel_quadratic(left, columns, error.get(), loss.get());
+        panel_quadratic(left, columns, 1, error.get(), loss.get());
         for (Index lane = 0; lane < std::min(nr, n - panel * nr); ++lane) {
           if (f > 0 && !(loss[lane] < best[lane])) continue;
           best[lane] = loss[lane];

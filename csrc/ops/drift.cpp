@@ -16,8 +16,9 @@ namespace bitwright {
 
 namespace {
 
-constexpr Index kBlock = 48;     // a multiple of every mr
-constexpr Index kColumns = 768;  // of C that are left operands at a time
+constexpr Index kBlock = 48;         // a multiple of every mr
+constexpr Index kColumns = 768;      // of C that are left operands at a time
+constexpr Index kPanelsPerTask = 2;  // that share them
 
 // An upper triangular matrix as the tiles read it, and the diagonal blocks of its slices.
 class Triangle {
@@ -66,24 +67,22 @@ class Triangle {
 // delta = W C + D, columns in solving order.
 void product(In<float> w, In<double> c, In<double> d, InVec<std::int32_t> order, Out<float> delta) {
   const Index n = w.rows(), k = w.cols(), nr = table().nr_f32, mr = table().mr_f32;
+  const Index panels = ceil_div(n, nr);
   for (Index begin = 0; begin < k; begin += kColumns) {
-    const LeftSlices cross(k, std::min(kColumns, k - begin), [&](Index p, Index i) {
+    const Index end = std::min(k, begin + kColumns);
+    const LeftSlices cross(k, end - begin, [&](Index p, Index i) {
       return static_cast<float>(c(p, order[begin + i]));
     });
-    parallel_for(ceil_div(n, nr), [&](Index panel) {
-      Buffer<float> in(k * nr), tile(mr * nr);
-      load_panel(w, panel * nr, 0, k, in.get());
-      for (Index s = 0; s < cross.slices(); ++s) {
-        std::memset(tile.get(), 0, static_cast<std::size_t>(mr * nr) * sizeof(float));
-        table().tile_f32(k, cross.slice(s), mr, in.get(), tile.get(), nr);
-        const Index first = begin + s * mr, columns = std::min(mr, k - first);
-        for (Index lane = 0; lane < std::min(nr, n - panel * nr); ++lane)
-          for (Index i = 0; i < columns; ++i) {
-            const Index row = panel * nr + lane;
-            const float sum = tile[i * nr + lane];
-            delta(row, first + i) =
-                d.size() > 0 ? sum + static_cast<float>(d(row, order[first + i])) : sum;
-          }
+    const Index padded = cross.slices() * mr;
+    parallel_for(ceil_div(panels, kPanelsPerTask), [&](Index task) {
+      const Index panel0 = task * kPanelsPerTask, count = std::min(kPanelsPerTask, panels - panel0);
+      Buffer<float> in(count * k * nr), out(count * padded * nr, true);
+      for (Index p = 0; p < count; ++p) load_panel(w, (panel0 + p) * nr, 0, k, in + p * k * nr);
+      multiply(cross, false, k, count, in.get(), out.get());
+      for (Index row = panel0 * nr; row < std::min(n, (panel0 + count) * nr); ++row) {
+        const float* sum = out + (row / nr - panel0) * padded * nr + row % nr;
+        for (Index i = begin; i < end; ++i, sum += nr)
+          delta(row, i) = d.size() > 0 ? *sum + static_cast<float>(d(row, order[i])) : *sum;
       }
     });
   }
@@ -114,11 +113,15 @@ void drift(In<float> w, In<double> c, In<double> d, In<float> r, InVec<std::int3
       const Index first = panel * nr, rows = std::min(nr, n - first);
       Buffer<float> x(k * nr, rows < nr);
       const auto column = [&](Index i) { return reversed ? k - 1 - i : i; };
-      for (Index lane = 0; lane < rows; ++lane)
-        for (Index i = 0; i < k; ++i) x[i * nr + lane] = delta(first + lane, column(i));
+      const auto each = [&](const auto& f) {
+        for (Index begin = 0; begin < k; begin += kTurned)
+          for (Index lane = 0; lane < rows; ++lane)
+            for (Index i = begin; i < std::min(k, begin + kTurned); ++i)
+              f(delta(first + lane, column(i)), x[i * nr + lane]);
+      };
+      each([](float& from, float& to) { to = from; });
       u.solve(x.get());
-      for (Index lane = 0; lane < rows; ++lane)
-        for (Index i = 0; i < k; ++i) delta(first + lane, column(i)) = -x[i * nr + lane];
+      each([](float& to, float& from) { to = -from; });
     });
   };
   solve(Triangle(k, [&](Index p, Index i) { return r(k - 1 - i, k - 1 - p); }), true);

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "core/buffer.h"
@@ -14,14 +16,18 @@
 
 namespace bitwright {
 
+inline constexpr Index kTurned = 64;  // columns of a panel that are transposed at a time, in L1
+
 // panel[p][lane] = w(row + lane, column + p) for p < columns; rows past the end are zero.
 inline void load_panel(In<float> w, Index row, Index column, Index columns, float* panel) {
   const Index nr = table().nr_f32, rows = std::min<Index>(nr, w.rows() - row);
   if (rows < nr) std::memset(panel, 0, static_cast<std::size_t>(columns * nr) * sizeof(float));
-  for (Index lane = 0; lane < rows; ++lane) {
-    const float* from = w.data() + (row + lane) * w.outerStride() + column;
-    for (Index p = 0; p < columns; ++p) panel[p * nr + lane] = from[p];
-  }
+  for (Index first = 0; first < columns; first += kTurned)
+    for (Index lane = 0; lane < rows; ++lane) {
+      const float* from = w.data() + (row + lane) * w.outerStride() + column;
+      const Index end = std::min(columns, first + kTurned);
+      for (Index p = first; p < end; ++p) panel[p * nr + lane] = from[p];
+    }
 }
 
 // A matrix as left operand of the tile: slices of mr columns, each [rows][mr], zero past the end.
@@ -33,12 +39,16 @@ class LeftSlices {
         rows_(rows),
         slices_(ceil_div(columns, mr_)),
         data_(rows * slices_ * mr_) {
-    parallel_for(slices_, [&](Index s) {
-      const Index width = std::min(mr_, columns - s * mr_);
-      float* to = data_ + s * rows * mr_;
-      for (Index p = 0; p < rows; ++p, to += mr_) {
-        for (Index i = 0; i < width; ++i) to[i] = at(p, s * mr_ + i);
-        for (Index i = width; i < mr_; ++i) to[i] = 0.0F;
+    constexpr Index kRows = 16;  // at a time, as they lie in memory
+    parallel_for(ceil_div(rows, kRows), [&](Index task) {
+      const Index first = task * kRows, end = std::min(rows, first + kRows);
+      for (Index s = 0; s < slices_; ++s) {
+        const Index width = std::min(mr_, columns - s * mr_);
+        float* to = data_ + (s * rows + first) * mr_;
+        for (Index p = first; p < end; ++p, to += mr_) {
+          for (Index i = 0; i < width; ++i) to[i] = at(p, s * mr_ + i);
+          for (Index i = width; i < mr_; ++i) to[i] = 0.0F;
+        }
       }
     });
   }
@@ -59,19 +69,35 @@ inline LeftSlices half_of(In<double> h, Index first, Index columns) {
           }};
 }
 
-// Adds e H e^T = 2 e half(H) e^T of each lane of the panel e [k][nr] to loss [nr]; h from half_of.
-// The zeros below the diagonal of a slice add nothing, so its height changes no bit.
-inline void panel_quadratic(const LeftSlices& h, Index k, const float* e, double* loss) {
-  const Index nr = table().nr_f32, mr = h.mr();
-  Buffer<float> product(mr * nr);
-  for (Index s = 0; s < h.slices(); ++s) {
-    std::memset(product.get(), 0, static_cast<std::size_t>(mr * nr) * sizeof(float));
-    table().tile_f32(std::min(k, (s + 1) * mr), h.slice(s), mr, e, product.get(), nr);
-    for (Index i = 0; i < std::min(mr, k - s * mr); ++i)
+// c [panel][slice][mr][nr] += left times panels [panel][k][nr], the chains along k a part after the
+// other, so that the right operand of a tile stays in L1 and the left ones serve all panels from
+// L2. upper: of slice s only the rows up to its last column.
+inline void multiply(const LeftSlices& left, bool upper, Index k, Index panels, const float* right,
+                     float* c) {
+  constexpr Index kDepth = 128;
+  const Index nr = table().nr_f32, mr = left.mr();
+  for (Index p = 0; p < k; p += kDepth)
+    for (Index panel = 0; panel < panels; ++panel)
+      for (Index s = upper ? p / mr : 0; s < left.slices(); ++s) {
+        const Index end = std::min(p + kDepth, upper ? std::min(k, (s + 1) * mr) : k);
+        table().tile_f32(end - p, left.slice(s) + p * mr, mr, right + (panel * k + p) * nr,
+                         c + (panel * left.slices() + s) * mr * nr, nr);
+      }
+}
+
+// Adds e H e^T = 2 e half(H) e^T of each lane of the panels e [panel][k][nr] to loss [panel][nr]; h
+// from half_of. The zeros below the diagonal of a slice add nothing, so its height changes no bit.
+inline void panel_quadratic(const LeftSlices& h, Index k, Index panels, const float* e,
+                            double* loss) {
+  const Index nr = table().nr_f32, padded = h.slices() * h.mr();
+  Buffer<float> product(panels * padded * nr, true);
+  multiply(h, true, k, panels, e, product.get());
+  for (Index panel = 0; panel < panels; ++panel)
+    for (Index i = 0; i < k; ++i)
       for (Index lane = 0; lane < nr; ++lane)
-        loss[lane] += 2.0 * static_cast<double>(product[i * nr + lane]) *
-                      static_cast<double>(e[(s * mr + i) * nr + lane]);
-  }
+        loss[panel * nr + lane] += 2.0 *
+                                   static_cast<double>(product[(panel * padded + i) * nr + lane]) *
+                                   static_cast<double>(e[(panel * k + i) * nr + lane]);
 }
 
 inline void require_codes(const char* op, Index n, Index k, Index group, In<float> scales,
@@ -89,11 +115,28 @@ inline void require_codes(const char* op, Index n, Index k, Index group, In<floa
 // range.
 inline constexpr double kLargest = 0x1p56;
 
+// Whether a row has an entry that is not finite or beyond kLargest; as integers, whose order is
+// that of the magnitudes, so that it takes no branch.
+template <class T>
+inline bool damaged(const T* row, Index count) {
+  using Word = std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>;
+  const T limit = static_cast<T>(kLargest);
+  Word most, any = 0;
+  std::memcpy(&most, &limit, sizeof most);
+  for (Index j = 0; j < count; ++j) {
+    Word bits;
+    std::memcpy(&bits, row + j, sizeof bits);
+    any |= most - (bits & std::numeric_limits<Word>::max());
+  }
+  return any < 0;
+}
+
 template <class T>
 inline void require_finite(const char* op, const char* what,
                            const Eigen::Ref<const RowMajor<T>>& x) {
   parallel_for(x.rows(), [&](Index r) {
     const T* row = x.data() + r * x.outerStride();
+    if (!damaged(row, x.cols())) return;
     for (Index j = 0; j < x.cols(); ++j)
       require(std::abs(row[j]) <= static_cast<T>(kLargest), "[", op, "] ", what,
               " must be finite and at most 2^56, got ", row[j], " at (", r, ", ", j, ")");

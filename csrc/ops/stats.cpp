@@ -18,6 +18,7 @@ constexpr Index kChunk = 512;
 constexpr Index kDepth = 128;        // of it at a time: a right operand in half of L1
 constexpr Index kPanelsPerTask = 8;  // right operands of a task: about L2
 constexpr Index kRowsPerTask = 96;   // a multiple of every mr
+constexpr Index kFillRows = 16;      // packed at a time; even, for pairs
 
 struct Widen {
   static float one(float x, bool) { return x; }
@@ -72,17 +73,34 @@ struct Pairs {
   }
 };
 
-inline void prefetch(const double* from, Index count) {
-  constexpr Index kLine = 8;
-  for (Index i = 0; i < count; i += kLine) __builtin_prefetch(from + i, 1, 2);
-}
+// Memory that is fetched to L2 a bit at a time, while the tiles keep the core busy.
+class Ahead {
+ public:
+  template <class T>
+  Ahead(const T* from, Index count, Index steps)
+      : at_(reinterpret_cast<const char*>(from)),
+        end_(reinterpret_cast<const char*>(from + count)),
+        step_(ceil_div(ceil_div(end_ - at_, kLine), std::max<Index>(steps, 1)) * kLine) {}
+  void step() {
+    const char* stop = end_ - at_ < step_ ? end_ : at_ + step_;
+    for (; at_ < stop; at_ += kLine) __builtin_prefetch(at_, 0, 2);
+  }
 
+ private:
+  static constexpr Index kLine = 64;
+  const char *at_, *end_;
+  Index step_;
+};
+
+// Row by row, as x lies in memory.
 template <class Layout, class T>
 void fill_panels(In<T> x, bool bf16, Index first, Index rows, typename Layout::Word* panels) {
-  const Index k = x.cols(), nr = table().nr_f32;
-  parallel_for(ceil_div(k, nr), [&](Index panel) {
-    Layout::fill(x, bf16, first, rows, panel * nr, std::min(nr, k - panel * nr),
-                 panels + panel * Layout::depth(rows) * nr);
+  const Index k = x.cols(), nr = table().nr_f32, depth = Layout::depth(rows);
+  parallel_for(ceil_div(rows, kFillRows), [&](Index task) {
+    const Index row = task * kFillRows, count = std::min(kFillRows, rows - row);
+    for (Index panel = 0; panel < ceil_div(k, nr); ++panel)
+      Layout::fill(x, bf16, first + row, count, panel * nr, std::min(nr, k - panel * nr),
+                   panels + (panel * depth + Layout::depth(row)) * nr);
   });
 }
 
@@ -90,18 +108,22 @@ void fill_panels(In<T> x, bool bf16, Index first, Index rows, typename Layout::W
 // kDepth rows waits in c, so that the right operand stays in L1; h is fetched meanwhile.
 template <class Layout>
 void add_tiles(const typename Layout::Word* left, const typename Layout::Word* right, Index depth,
-               Index row0, Index row1, Index panel, float* c, Out<double> h) {
+               Index row0, Index row1, Index panel, float* c, Ahead& ahead, Out<double> h) {
   const Index nr = table().nr_f32, mr = table().mr_f32, column = panel * nr;
   const Index width = std::min(nr, h.cols() - column);
+  const Index rows = std::min(ceil_div(row1 - row0, mr) * mr, h.rows() - row0);
+  const Index tiles = ceil_div(depth, kDepth) * ceil_div(row1 - row0, mr);
+  Index tile = 0, fetched = 0;
   std::fill(c, c + kRowsPerTask * nr, 0.0F);
   for (Index p = 0; p < depth; p += kDepth)
     for (Index i = row0; i < row1; i += mr) {
-      if (p + kDepth >= depth)
-        for (Index a = i; a < std::min(i + mr, h.rows()); ++a) prefetch(&h(a, column), width);
+      for (++tile; fetched * tiles < tile * rows; ++fetched)
+        for (Index j = 0; j < width; j += 8)
+          __builtin_prefetch(&h(row0 + fetched, column + j), 1, 2);
+      ahead.step();
       Layout::tile(std::min(kDepth, depth - p), left + (i / nr * depth + p) * nr + i % nr,
                    right + (panel * depth + p) * nr, c + (i - row0) * nr);
     }
-  const Index rows = std::min(ceil_div(row1 - row0, mr) * mr, h.rows() - row0);
   if (rows > 0) table().widen_add(rows, width, c, nr, &h(row0, column), h.outerStride());
 }
 
@@ -144,11 +166,20 @@ void add_products(const Change<T>* change, In<T> x, bool bf16, Out<double> h) {
     parallel_for(across * down, [&](Index task) {
       const Index row0 = task % down * kRowsPerTask, panel0 = task / down * kPanelsPerTask;
       const Index row1 = std::min(h.rows(), row0 + kRowsPerTask);
-      if (change == nullptr && row0 >= (panel0 + kPanelsPerTask) * nr) return;
+      const Index panel1 = std::min(panels, panel0 + kPanelsPerTask);
+      if (change == nullptr && row0 >= panel1 * nr) return;
+      // the rows of the task that this thread is likely to take next
+      const Index next =
+          std::min(row0 / nr + kRowsPerTask / nr * thread_count().load(), left_panels);
+      const Index size = std::min(kRowsPerTask / nr, left_panels - next) * depth * nr;
+      const Index steps =
+          (panel1 - panel0) * ceil_div(depth, kDepth) * (row1 - row0) / table().mr_f32;
+      Ahead ahead(other + next * depth * nr, size, steps);
       Buffer<float> c(kRowsPerTask * nr);
-      for (Index p = panel0; p < std::min(panels, panel0 + kPanelsPerTask); ++p)
+      for (Index p = panel0; p < panel1; ++p)
         add_tiles<Layout>(other, right.get(), depth, row0,
-                          change == nullptr ? std::min(row1, (p + 1) * nr) : row1, p, c.get(), h);
+                          change == nullptr ? std::min(row1, (p + 1) * nr) : row1, p, c.get(),
+                          ahead, h);
     });
   }
 }
