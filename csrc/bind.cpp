@@ -126,6 +126,8 @@ PYBIND11_MODULE(_core, m) {
         as_is("mask"), arg("stores"), arg("batch"), arg("past"), as_is("y"), Free());
   m.def("blocks_u16", &blocks_u16, as_is("x"), arg("blocks"), as_is("cos"), as_is("sin"),
         as_is("mask"), arg("stores"), arg("batch"), arg("past"), as_is("y"), Free());
+  m.def("head_f32", &head_f32, as_is("x"), as_is("w"), as_is("y"), Free());
+  m.def("head_u16", &head_u16, as_is("x"), as_is("w"), as_is("y"), Free());
   m.def("chain_f32", &chain_f32, arg("rounds"), arg("a"), arg("b"), as_is("x"), Free());
   m.def("chain_f64", &chain_f64, arg("rounds"), arg("a"), arg("b"), as_is("x"), Free());
   m.def("chain_bf16", &chain_bf16, arg("rounds"), arg("a"), arg("b"), as_is("x"), Free());

@@ -198,6 +198,11 @@ void blocks_u16(In<std::uint16_t> x, const std::vector<const Block*>& blocks, In
                 const std::vector<const KeyValues<std::uint16_t>*>& stores, Index batch, Index past,
                 Out<std::uint16_t> y);
 
+// y (t, n) = x (t, k) W^T for a few tokens, W of bf16 words, as a head keeps them: float32 sums of
+// every 16th product, ascending, then added pairwise.
+void head_f32(In<float> x, In<std::uint16_t> w, Out<float> y);
+void head_u16(In<std::uint16_t> x, In<std::uint16_t> w, Out<std::uint16_t> y);
+
 // What the machine can do at most, measured by `bitwright bench`. x = x a + b, `rounds` times in
 // registers for each element, 2 operations each; of bf16 pairs x = x + a b + a b with a and b
 // rounded to bf16, 4 operations (refused where the level has no such product). Columns are a

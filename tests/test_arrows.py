@@ -49,7 +49,7 @@ ARROWS = {
     "estimate": {"spec", "registry", "recipe", "calib", "transforms", "job", "sizes", "trial"},
     "plan": {"spec", "cgroup", "files", "calib", "job", "sizes", "estimate", "pool"},
     "evaluate": {"spec", "registry", "files", "formats", "calib", "progress"},
-    "inspection": {"spec", "registry", "files", "formats", "report", "papers"},
+    "inspection": {"spec", "registry", "archs", "files", "formats", "report", "papers"},
     "conversion": RESULT | {"calib", "job", "report", "export", "papers"},
     "pipeline": RESULT
     | {"calib", "clock", "export", "plan", "fingerprint", "job", "papers", "pool", "report"}

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from bitwright import ops, schemes
-from bitwright.spec import InputError
-from problems import assert_equal, random_codes, rng, threads
+from bitwright.spec import InputError, QTensor
+from problems import FUSED, assert_equal, random_codes, rng, threads
 from ref.blocks import blocks as twin
-from bitwright.spec import QTensor
+from ref.head import head
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 EPSILON = 1e-5
@@ -74,7 +74,7 @@ class Case:
         x = x.astype(np.float32)
         return ops.linear(x, self.packed[i], mode=self.mode, activations=self.activations)
 
-    def twin(self, x, cos, sin, keys, values, seen):  # noqa: ANN001, ANN201
+    def twin(self, x, cos, sin, keys, values, seen):
         gains = [*self.gains, None, None][:4]
         turns = (cos, sin) if self.rotary else (None, None)
         products = [lambda x, i=i: self.product(i, x) for i in range(7)]
@@ -107,7 +107,7 @@ def close(ours: np.ndarray, want: np.ndarray, units: float) -> None:
 
 
 @pytest.mark.parametrize("s", SHAPES, ids=str)
-@pytest.mark.parametrize("t, past", [(1, 0), (1, 5), (1, 37), (7, 0), (4, 33), (50, 3)])
+@pytest.mark.parametrize(("t", "past"), [(1, 0), (1, 5), (1, 37), (7, 0), (4, 33), (50, 3)])
 def test_twin_blocks(s, t, past):
     for norms, biased, rotary in ((True, True, True), (False, False, True), (False, True, False)):
         case = Case(s, norms=norms, biased=biased, rotary=rotary)
@@ -239,3 +239,21 @@ def test_refusals():
             ops.KeyValues(np.ones(shape, np.float32), np.ones(shape, np.float32))
     with pytest.raises(InputError, match="array of float32"):
         ops.KeyValues(np.ones((1, 2, 2, 8), np.float32), np.ones((1, 2, 2, 9), np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BF16], ids=str)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 32), (49, 40), (100, 250), (9, 17)])
+def test_twin_head(n, k, dtype):
+    g = rng("head", n, k)
+    W = g.standard_normal((n, k)).astype(BF16)
+    for t in (1, 2, 5):
+        X = g.standard_normal((t, k)).astype(dtype)
+        for count in (1, 2):
+            with threads(count):
+                assert_equal([ops.head(X, W)], [head(X, W, FUSED).astype(dtype)])
+    with pytest.raises(InputError, match="to match W"):
+        ops.head(X[:, :-1], W)
+    with pytest.raises(InputError, match="wanted X of float32 or bfloat16"):
+        ops.head(X.astype(np.float64), W)
+    with pytest.raises(InputError, match="array of bfloat16"):
+        ops.head(X, W.astype(np.float32))

@@ -229,7 +229,45 @@ inline void attend_all(const Attention& a) {
   if (a.rows - row == 1) attend_rows<T, 1>(a, row);
 }
 
+// Rows first .. first + kF32 - 1 of w, of the last ones the last, times one token.
+inline VF dot_vector(std::int64_t rows, std::int64_t k, std::int64_t first, const float* x,
+                     const std::uint16_t* w) {
+  const std::uint16_t* row[kF32];
+  for (int i = 0; i < kF32; ++i) row[i] = w + (first + i < rows ? first + i : rows - 1) * k;
+  VF sum[kF32][kVecs] = {};
+  const std::int64_t whole = k / kSums * kSums;
+  for (std::int64_t d = 0; d < whole; d += kSums)
+    for (int v = 0; v < kVecs; ++v) {
+      const VF right = load<VF>(x + d + v * kF32);
+      for (int i = 0; i < kF32; ++i)
+        sum[i][v] = fma(load_wide(row[i] + d + v * kF32), right, sum[i][v]);
+    }
+  if (whole < k)
+    for (int v = 0; v < kVecs; ++v) {
+      const std::int64_t d = whole + v * kF32;
+      const VF right = load_some(x + d, k - d);
+      for (int i = 0; i < kF32; ++i)
+        sum[i][v] = fma(load_some(row[i] + d, k - d), right, sum[i][v]);
+    }
+  VF sums[kF32];
+  for (int i = 0; i < kF32; ++i) sums[i] = narrow(sum[i]);
+  return totals(sums);
+}
+
 }  // namespace
+
+void dot_rows(std::int64_t rows, std::int64_t k, const float* x, const std::uint16_t* w, float* y) {
+  for (std::int64_t i = 0; i < rows; i += kF32) {
+    const VF out = dot_vector(rows, k, i, x, w);
+    if (i + kF32 <= rows) {
+      store(y + i, out);
+    } else {
+      alignas(kBytes) float lanes[kF32];
+      store(lanes, out);
+      for (std::int64_t j = 0; i + j < rows; ++j) y[i + j] = lanes[j];
+    }
+  }
+}
 
 void rms_norm(std::int64_t count, const float* x, const float* gain, float epsilon, float* y) {
   VF sum[kVecs] = {};

@@ -25,7 +25,7 @@ from bitwright import ops
 CHUNK = 256  # tokens
 
 
-class _Roomy(DynamicLayer):
+class _Roomy(DynamicLayer):  # type: ignore[no-untyped-call]
     """What both kinds do. buffers: keys and values (batch, heads, room, width), the first `length`
     of them in use; or None, then `loose` has them as they were set."""
 
@@ -34,7 +34,7 @@ class _Roomy(DynamicLayer):
         self.loose: list[torch.Tensor | None] = [None, None]
         self.length = 0
         self._store: ops.KeyValues | None = None
-        super().__init__(**settings)
+        super().__init__(**settings)  # type: ignore[no-untyped-call]
 
     def _get(self, i: int) -> torch.Tensor | None:
         return self.loose[i] if self.buffers is None else self.buffers[i][:, :, : self.length]
@@ -44,7 +44,7 @@ class _Roomy(DynamicLayer):
         self.loose[i], self.buffers, self._store = value, None, None
 
     @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+    def keys(self) -> torch.Tensor | None:
         return self._get(0)
 
     @keys.setter
@@ -52,7 +52,7 @@ class _Roomy(DynamicLayer):
         self._set(0, value)
 
     @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+    def values(self) -> torch.Tensor | None:
         return self._get(1)
 
     @values.setter
@@ -108,7 +108,7 @@ class _Roomy(DynamicLayer):
         return {**self.__dict__, "_store": None}
 
 
-class RoomyLayer(_Roomy):
+class RoomyLayer(_Roomy):  # type: ignore[no-untyped-call]
     """Of full attention."""
 
     def get_seq_length(self) -> int:
@@ -128,7 +128,7 @@ class RoomyLayer(_Roomy):
         return super().update(key_states, value_states, *args, **kwargs)
 
 
-class RoomySlidingLayer(_Roomy, DynamicSlidingWindowLayer):
+class RoomySlidingLayer(_Roomy, DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
     """Of a sliding window."""
 
     def room_left(self, tokens: int) -> bool:
@@ -159,7 +159,7 @@ def roomy(cache: Any, index: int) -> Roomy | None:
     while len(cache.layers) <= index:
         if cache.layer_class_to_replicate is not DynamicLayer:
             return None
-        cache.layers.append(DynamicLayer())
+        cache.layers.append(DynamicLayer())  # type: ignore[no-untyped-call]
     layer = cache.layers[index]
     if isinstance(layer, RoomyLayer | RoomySlidingLayer):
         return layer

@@ -114,3 +114,17 @@ def blocks(
         words = [one.view(np.uint16) for one in (x, cos, sin, y)]
         _core.blocks_u16(words[0], cores[0], *words[1:3], mask, cores[1], batch, past, words[3])
     return y
+
+
+def head(X: npt.NDArray[Any], W: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """X (t, k), float32 or bfloat16, times W^T, W (n, k) bfloat16: (t, n) of X's dtype. For a few
+    tokens: W is read once, and each row of it multiplied by one token after the other."""
+    if X.dtype not in (FLOAT32, BFLOAT16):
+        raise InputError(f"[head] wanted X of float32 or bfloat16, got {X.dtype}")
+    X, W = matrix("head", X, X.dtype), matrix("head", W, BFLOAT16)
+    y = np.empty((len(X), len(W)), X.dtype)
+    if X.dtype == FLOAT32:
+        _core.head_f32(X, W.view(np.uint16), y)
+    else:
+        _core.head_u16(*(one.view(np.uint16) for one in (X, W, y)))
+    return y
