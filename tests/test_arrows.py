@@ -42,7 +42,8 @@ ARROWS = {
     "job": RESULT | {"calib"},
     "fingerprint": {"ops", "calib", "job"},
     "solving": {"spec", "ops", "registry", "recipe", "solvers", "transforms", "job", "spool"},
-    "bench": {"spec", "ops", "schemes", "solvers", "progress", "deferred", "show"},
+    "bench": {"spec", "ops", "schemes", "solvers", "progress", "deferred", "show"}
+    | {"files", "papers"},
     "sizes": {"spec", "recipe", "calib", "job"},
     "pool": {"ops"},
     "trial": {"spec", "ops", "calib"},

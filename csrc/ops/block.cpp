@@ -232,8 +232,9 @@ void check(In<T> x, const std::vector<const Block*>& blocks, In<T> cos, In<T> si
   require(y.rows() == rows && y.cols() == x.cols(), "[blocks] y must be as x, got ", y.rows(),
           " x ", y.cols());
   const Index tokens = rows / batch, keys = past + tokens;
-  require(mask.size() == 0 || (mask.rows() == rows && mask.cols() == keys),
-          "[blocks] mask must be ", rows, " x ", keys, ", got ", mask.rows(), " x ", mask.cols());
+  const bool masked = mask.rows() != 0 || mask.cols() != 0;
+  require(!masked || (mask.rows() == rows && mask.cols() == keys), "[blocks] mask must be ", rows,
+          " x ", keys, ", got ", mask.rows(), " x ", mask.cols());
   for (std::size_t i = 0; i < blocks.size(); ++i) {
     const Block& b = *blocks[i];
     require(x.cols() == b.hidden, "[blocks] x must have ", b.hidden, " columns, got ", x.cols());

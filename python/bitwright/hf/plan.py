@@ -18,6 +18,7 @@ from bitwright.hf.linear import QuantLinear
 from bitwright.spec import Arch
 
 ROLES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+CAPTURE = "output_capturing_hook"
 
 
 class NotFused(Exception):
@@ -32,6 +33,13 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def _only_captures(module: nn.Module) -> bool:
+    """Whether its hooks are those of transformers for attention weights, which sdpa has not."""
+    others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    names = {getattr(hook, "__name__", "") for hook in module._forward_hooks.values()}
+    return not others and names == {CAPTURE}
 
 
 class Plan:
@@ -136,6 +144,6 @@ class Plan:
 
     def watched(self) -> bool:
         """Whether somebody has hooks on a part, or gradients of a weight are wanted."""
-        hooked = any(has_hooks(module) for _, _, module in self.parts)
+        hooked = any(has_hooks(m) and not _only_captures(m) for _, _, m in self.parts)
         grads = torch.is_grad_enabled() and any(x.requires_grad for _, _, x, _ in self.tensors)
         return hooked or grads
