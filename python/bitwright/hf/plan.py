@@ -7,6 +7,8 @@ apart, because a hook wants to see what the part does.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from bitwright.spec import Arch
 
 ROLES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
 CAPTURE = "output_capturing_hook"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class NotFused(Exception):
@@ -27,12 +30,7 @@ class NotFused(Exception):
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody wants to see what goes into a module or comes out."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return any(getattr(module, name) for name in HOOKS)
 
 
 def _only_captures(module: nn.Module) -> bool:
@@ -46,14 +44,14 @@ class Plan:
     """One layer as the core takes it, and what has to be as it was for that to hold."""
 
     def __init__(self, layer: nn.Module, arch: Arch, heads: int) -> None:
-        self.parts: list[tuple[dict[str, Any], str, Any]] = []
-        self.tensors: list[tuple[dict[str, Any], str, torch.Tensor, int]] = []
         self.layer = layer
+        self.modules: list[nn.Module] = []
+        self.places: list[tuple[Mapping[str, Any], str]] = []
+        self.values: list[Any] = []
+        self.tensors: list[torch.Tensor] = []
         names = {role: one.name for g in arch.groups for one in g.linears for role in one.roles}
         self.linears = [self._linear(names[role]) for role in ROLES]
-        self.kept = [one.matrix() for one in self.linears]
-        first = self.linears[0]
-        self.mode, self.activations = first.mode, first.activations
+        first, matrices = self.linears[0], tuple(one.matrix() for one in self.linears)
         if any((x.mode, x.activations) != (first.mode, first.activations) for x in self.linears):
             raise NotFused("its linears are not all in one mode")
         attention = self._part(names["attn.q"].rpartition(".")[0])
@@ -71,7 +69,7 @@ class Plan:
         self.index, self.width = int(attention.layer_idx), int(attention.head_dim)
         self.kv_heads = self.linears[1].out_features // self.width
         self.block = ops.DecoderBlock(
-            tuple(self.kept),
+            matrices,
             np.concatenate([self._floats(norm, "weight") for norm in norms]),
             self._biases(),
             heads,
@@ -79,9 +77,21 @@ class Plan:
             epsilons.pop(),
             float(attention.scaling),
             bool(getattr(attention, told.turned, True)),
-            self.mode,
-            self.activations,
+            first.mode,
+            first.activations,
         )
+        for one in self.linears:
+            self._watch(one._buffers, "panels")
+            self._watch(one._parameters, "bias")
+            for name in ("_kept", "mode", "activations"):
+                self._watch(vars(one), name)
+        self.versions = [one._version for one in self.tensors]
+        self.hooks = [getattr(one, name) for one in self.modules for name in HOOKS]
+
+    def _watch(self, table: Mapping[str, Any], name: str) -> None:
+        """The plan holds as long as this is what it is now."""
+        self.places.append((table, name))
+        self.values.append(table.get(name))
 
     def _part(self, path: str) -> Any:
         parent, name = path.rpartition(".")[::2]
@@ -89,7 +99,9 @@ class Plan:
         module: Any = table[name]
         if module is None or "forward" in vars(module):
             raise NotFused(f"{path} was replaced")
-        self.parts.append((table, name, module))
+        self.modules.append(module)
+        self._watch(table, name)
+        self._watch(vars(module), "forward")
         return module
 
     def _linear(self, path: str) -> QuantLinear:
@@ -110,7 +122,8 @@ class Plan:
         value = module._parameters[name]
         if value is None or value.is_inference():
             raise NotFused("torch does not tell when its norms change")
-        self.tensors.append((module._parameters, name, value, value._version))
+        self.tensors.append(value)
+        self._watch(module._parameters, name)
         found: np.ndarray[Any, Any] = value.detach().float().numpy().ravel()
         return found
 
@@ -128,22 +141,12 @@ class Plan:
 
     def current(self) -> bool:
         """Whether modules and weights are those that the plan was made of."""
-        for table, name, module in self.parts:
-            if table.get(name) is not module or "forward" in module.__dict__:
-                return False
-        for one, kept in zip(self.linears, self.kept, strict=True):
-            known = one._kept
-            if known is None or known[1] is not kept or known[0] is not one.panels:
-                return False
-            if one.mode != self.mode or one.activations != self.activations:
-                return False
-        return all(
-            table.get(name) is value and value._version == version
-            for table, name, value, version in self.tensors
-        )
+        if not all(map(is_, [table.get(name) for table, name in self.places], self.values)):
+            return False
+        return [one._version for one in self.tensors] == self.versions
 
     def watched(self) -> bool:
         """Whether somebody has hooks on a part, or gradients of a weight are wanted."""
-        hooked = any(has_hooks(m) and not _only_captures(m) for _, _, m in self.parts)
-        grads = torch.is_grad_enabled() and any(x.requires_grad for _, _, x, _ in self.tensors)
-        return hooked or grads
+        if any(self.hooks) and any(has_hooks(m) and not _only_captures(m) for m in self.modules):
+            return True
+        return torch.is_grad_enabled() and any(one.requires_grad for one in self.tensors)
