@@ -295,26 +295,13 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Fused:
-    """Says that one call can run a whole block: RMS norms, rotary positions, attention of grouped
-    heads, SwiGLU, each half added to the stream as it is.
-
-    head_norms: names, beside q, of the norms on q's and k's heads where a block has them. turned:
-    name, there, of the flag that says whether positions turn q and k; where there is none they do.
-    """
-
-    head_norms: tuple[str, str] = ("q_norm", "k_norm")
-    turned: str = "use_rope"
-
-
-@dataclass(frozen=True)
 class Arch:
     """An architecture as data.
 
     blocks: path of the block list. groups: in the order they run. norm: how a norm applies its
     gain: "rms" (w * x), "rms1" ((1 + w) * x), "layer" (w * x + b). embeddings, head: weights kept
-    in float. declared: False for groups that were discovered by running a batch. fused: how one
-    call runs a block, None: it cannot.
+    in float. declared: False for groups that were discovered by running a batch. fused: one call
+    runs a block; attention's norms of q's and k's heads, if any, and its flag for rotary positions.
     """
 
     name: str
@@ -324,7 +311,7 @@ class Arch:
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
     head: str = "lm_head"
     declared: bool = True
-    fused: Fused | None = None
+    fused: tuple[str, str, str] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
     x2 = rms(x); x = x + down(act(gate(x2)) * up(x2))
 """
 
-from bitwright.spec import Arch, Fused, Group, Linear
+from bitwright.spec import Arch, Group, Linear
 
 ARCH = Arch(
     name="llama",
@@ -33,5 +33,5 @@ ARCH = Arch(
         ),
         Group((Linear("mlp.down_proj", ("mlp.down",)),), stream="post_attention_layernorm"),
     ),
-    fused=Fused(),
+    fused=("q_norm", "k_norm", "use_rope"),
 )

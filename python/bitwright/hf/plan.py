@@ -61,8 +61,8 @@ class Plan:
         if told is None or len(norms) != 2:
             raise NotFused("its architecture is not declared as one of the Llama kind")
         path = names["attn.q"].rpartition(".")[0]
-        if hasattr(attention, told.head_norms[0]):
-            norms += [self._norm(f"{path}.{name}") for name in told.head_norms]
+        if hasattr(attention, told[0]):
+            norms += [self._norm(f"{path}.{name}") for name in told[:2]]
         epsilons = {float(norm.variance_epsilon) for norm in norms}
         if len(epsilons) != 1:
             raise NotFused(f"its norms have epsilons {sorted(epsilons)}")
@@ -76,7 +76,7 @@ class Plan:
             self.kv_heads,
             epsilons.pop(),
             float(attention.scaling),
-            bool(getattr(attention, told.turned, True)),
+            bool(getattr(attention, told[2], True)),
             first.mode,
             first.activations,
         )
