@@ -111,6 +111,7 @@ def open_model(wish: Wish) -> PreTrainedModel:
     model = load(wish.folder, mode=mode, dtype=wish.dtype, fused=wish.fused)
     if wish.engine == "dequantized":
         for name, layer in list(quant_linears(model)):
+            linear: Any
             with torch.device("meta"):
                 linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
             weight = layer.dequantize()
