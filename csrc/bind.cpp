@@ -52,6 +52,21 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init<In<std::uint8_t>, Index, const PanelLayout&>(), as_is("panels"), arg("n"),
            arg("layout"), py::keep_alive<1, 2>());
 
+  py::class_<BlockSettings>(m, "BlockSettings")
+      .def(py::init<Index, Index, float, float, bool, bool, bool>(), arg("heads"), arg("kv_heads"),
+           arg("epsilon"), arg("scale"), arg("rotary"), arg("fast"), arg("per_token"));
+  py::class_<Block>(m, "Block")
+      .def(py::init<const std::vector<const Packed*>&, InVec<float>, InVec<float>,
+                    const BlockSettings&>(),
+           arg("matrices"), as_is("gains"), as_is("biases"), arg("settings"),
+           py::keep_alive<1, 3>(), py::keep_alive<1, 4>());
+  py::class_<KeyValues<float>>(m, "KeyValuesF32")
+      .def(py::init<Out<float>, Out<float>>(), as_is("keys"), as_is("values"),
+           py::keep_alive<1, 2>(), py::keep_alive<1, 3>());
+  py::class_<KeyValues<std::uint16_t>>(m, "KeyValuesU16")
+      .def(py::init<Out<std::uint16_t>, Out<std::uint16_t>>(), as_is("keys"), as_is("values"),
+           py::keep_alive<1, 2>(), py::keep_alive<1, 3>());
+
   m.def("isa", [] { return std::string(table().isa); });
   m.def("levels", &levels);
   m.def("multiplies_bf16", [] { return table().tile_bf16 != nullptr; });
@@ -107,6 +122,12 @@ PYBIND11_MODULE(_core, m) {
         as_is("y"), Free());
   m.def("linear_u16", &linear_u16, as_is("x"), arg("weights"), arg("fast"), arg("per_token"),
         as_is("y"), Free());
+  m.def("blocks_f32", &blocks_f32, as_is("x"), arg("blocks"), as_is("cos"), as_is("sin"),
+        as_is("mask"), arg("stores"), arg("batch"), arg("past"), as_is("y"), Free());
+  m.def("blocks_u16", &blocks_u16, as_is("x"), arg("blocks"), as_is("cos"), as_is("sin"),
+        as_is("mask"), arg("stores"), arg("batch"), arg("past"), as_is("y"), Free());
+  m.def("head_f32", &head_f32, as_is("x"), as_is("w"), as_is("y"), Free());
+  m.def("head_u16", &head_u16, as_is("x"), as_is("w"), as_is("y"), Free());
   m.def("chain_f32", &chain_f32, arg("rounds"), arg("a"), arg("b"), as_is("x"), Free());
   m.def("chain_f64", &chain_f64, arg("rounds"), arg("a"), arg("b"), as_is("x"), Free());
   m.def("chain_bf16", &chain_bf16, arg("rounds"), arg("a"), arg("b"), as_is("x"), Free());

@@ -6,9 +6,11 @@
 // finite and at most 2^56, scales unless not 0.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
+#include "core/check.h"
 #include "core/view.h"
 #include "kernels/packed.h"
 
@@ -153,6 +155,53 @@ void linear_f32(In<float> x, const std::vector<const Packed*>& weights, bool fas
                 OutVec<float> y);
 void linear_u16(In<std::uint16_t> x, const std::vector<const Packed*>& weights, bool fast,
                 bool per_token, OutVec<std::uint16_t> y);
+
+// A decoder block of the Llama kind on packed matrices, the caller's memory:
+//   x += o(attention(q, k, v of rms(x)));  x += down(silu(gate) up),  gate, up of rms(x)
+// matrices: q, k, v, o, gate, up, down. gains: of the two norms, then of q's and k's heads where
+// those have norms. biases: of the matrices in that order, or none. heads share keys and values in
+// runs. rotary: cos and sin turn q and k, x_i cos + (-x_(i + width/2), x_(i - width/2)) sin.
+struct BlockSettings {
+  Index heads, kv_heads;
+  float epsilon, scale;  // of the norms; of the scores
+  bool rotary, fast, per_token;
+};
+struct Block {
+  std::vector<const Packed*> inputs, gates;  // q, k, v; gate, up
+  const Packed *o, *down;
+  const float *gains, *biases;  // biases: or null
+  bool head_norms;
+  Index hidden, width, inner;
+  BlockSettings settings;
+  Block(const std::vector<const Packed*>& matrices, InVec<float> gain, InVec<float> bias,
+        const BlockSettings& how);
+};
+// Keys and values of a block, (batch * kv_heads * room, width) each, the caller's memory.
+template <class T>
+struct KeyValues {
+  T *keys, *values;
+  Index rows, width;
+  KeyValues(Out<T> k, Out<T> v)
+      : keys(k.data()), values(v.data()), rows(std::min(k.rows(), v.rows())), width(k.cols()) {
+    require(k.rows() == v.rows() && k.cols() == v.cols(), "[blocks] keys and values must be alike");
+  }
+};
+// y = x (batch * t, hidden) through the blocks; the keys and values of its tokens are written
+// behind the first `past` of each sequence and head. cos, sin: (t or batch * t, width). mask: which
+// of the past + t keys each token sees, (batch * t, past + t); or 0 x 0, those up to its own.
+// Floats inside a block, rounded to x's type behind each.
+void blocks_f32(In<float> x, const std::vector<const Block*>& blocks, In<float> cos, In<float> sin,
+                In<std::uint8_t> mask, const std::vector<const KeyValues<float>*>& stores,
+                Index batch, Index past, Out<float> y);
+void blocks_u16(In<std::uint16_t> x, const std::vector<const Block*>& blocks, In<std::uint16_t> cos,
+                In<std::uint16_t> sin, In<std::uint8_t> mask,
+                const std::vector<const KeyValues<std::uint16_t>*>& stores, Index batch, Index past,
+                Out<std::uint16_t> y);
+
+// y (t, n) = x (t, k) W^T for a few tokens, W of bf16 words, as a head keeps them: float32 sums of
+// every 16th product, ascending, then added pairwise.
+void head_f32(In<float> x, In<std::uint16_t> w, Out<float> y);
+void head_u16(In<std::uint16_t> x, In<std::uint16_t> w, Out<std::uint16_t> y);
 
 // What the machine can do at most, measured by `bitwright bench`. x = x a + b, `rounds` times in
 // registers for each element, 2 operations each; of bf16 pairs x = x + a b + a b with a and b

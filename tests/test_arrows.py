@@ -42,14 +42,15 @@ ARROWS = {
     "job": RESULT | {"calib"},
     "fingerprint": {"ops", "calib", "job"},
     "solving": {"spec", "ops", "registry", "recipe", "solvers", "transforms", "job", "spool"},
-    "bench": {"spec", "ops", "schemes", "solvers", "progress", "deferred", "show"},
+    "bench": {"spec", "ops", "schemes", "solvers", "progress", "deferred", "show"}
+    | {"files", "papers"},
     "sizes": {"spec", "recipe", "calib", "job"},
     "pool": {"ops"},
     "trial": {"spec", "ops", "calib"},
     "estimate": {"spec", "registry", "recipe", "calib", "transforms", "job", "sizes", "trial"},
     "plan": {"spec", "cgroup", "files", "calib", "job", "sizes", "estimate", "pool"},
     "evaluate": {"spec", "registry", "files", "formats", "calib", "progress"},
-    "inspection": {"spec", "registry", "files", "formats", "report", "papers"},
+    "inspection": {"spec", "registry", "archs", "files", "formats", "report", "papers"},
     "conversion": RESULT | {"calib", "job", "report", "export", "papers"},
     "pipeline": RESULT
     | {"calib", "clock", "export", "plan", "fingerprint", "job", "papers", "pool", "report"}

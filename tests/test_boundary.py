@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import test_block as block
 from bitwright import ops
 from bitwright.calib.stats import StatsCollector
 from bitwright.spec import InputError, QTensor
@@ -122,6 +123,19 @@ CASES: dict[str, Case] = {
         {"panels": PACKED.panels},
     ),
     "linear": Case(lambda X: ops.linear(X, PACKED), {"X": X}, free=("X",)),
+    "head": Case(lambda X: ops.head(X, W.astype(ops.BFLOAT16)), {"X": X}, free=("X",)),
+    "blocks": Case(
+        lambda **arrays: ops.blocks(
+            **arrays,
+            through=[block.Case(block.SHAPES[0]).block],
+            stores=[block.store(block.SHAPES[0], 1, T)[1]],
+        ),
+        {
+            "x": inputs(T, block.SHAPES[0].hidden),
+            **dict(zip(("cos", "sin"), block.turns(block.SHAPES[0].width, 0, T), strict=True)),
+            "mask": np.tril(np.ones((T, T), np.uint8)),
+        },
+    ),
 }
 INPUTS = [(op, name) for op, case in CASES.items() for name in case.arrays]
 OUTPUTS = [(op, name) for op, case in CASES.items() for name in case.sums or {}]
@@ -263,7 +277,8 @@ NANS = [
     ("pack_linear", "scales"),
 ]
 PASSED_ON = {("decode", "scales"), ("qlinear", "scales"), ("qlinear", "X"), ("linear", "X"), *WORDS}
-PASSED_ON |= {("cross", "before"), ("cross", "X"), ("chain", "x")}
+PASSED_ON |= {("cross", "before"), ("cross", "X"), ("chain", "x"), ("head", "X")}
+PASSED_ON |= {("blocks", "x"), ("blocks", "cos"), ("blocks", "sin")}
 
 
 def test_every_float_input_has_an_answer_to_nan() -> None:

@@ -286,7 +286,7 @@ def test_a_plain_import_of_the_package_loads_no_torch():
 
 def test_linears_with_one_input_are_multiplied_together(quantized, monkeypatch):
     """Bit for bit what single calls give; q, k, v and gate, up are two calls of a block's seven."""
-    model, calls = bitwright.load(quantized), []
+    model, calls = bitwright.load(quantized, fused=False), []
     for name in ("product", "products"):
         real = getattr(hf.shared, name)
         spy = partial(lambda real, *args: calls.append(0) or real(*args), real)
@@ -298,7 +298,7 @@ def test_linears_with_one_input_are_multiplied_together(quantized, monkeypatch):
     q = attention.q_proj(x)
     x.add_(1)  # what was made of x before does not hold any more
     v = attention.v_proj(x)
-    alone = bitwright.load(quantized)
+    alone = bitwright.load(quantized, fused=False)
     for module in alone.modules():
         module.shared = None
     assert torch.equal(together, logits(alone))

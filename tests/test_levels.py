@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import test_block as block
 from bitwright import ops, schemes
 from bitwright.spec import QTensor
 from problems import (
@@ -275,6 +276,23 @@ def run_linear() -> list[Any]:
         for activations in ("group", "token"):
             results += ops.linear(inputs(t, K), packed, mode="fast", activations=activations)
     return results
+
+
+def run_blocks() -> list[Any]:
+    results = []
+    for mode, dtype in (("exact", np.float32), ("fast", np.float32), ("fast", ops.BFLOAT16)):
+        for shape in block.SHAPES:
+            case, t = block.Case(shape, mode), 23
+            x = inputs(t, shape.hidden).astype(dtype)
+            turns = (one.astype(dtype) for one in block.turns(shape.width, 0, t))
+            arrays, kept = block.store(shape, 1, t, dtype)
+            results += [ops.blocks(x, [case.block], *turns, [kept]), *arrays]
+    return results
+
+
+def run_head() -> list[Any]:
+    W = weights(N, K).astype(ops.BFLOAT16)
+    return [ops.head(inputs(t, K).astype(kind), W) for t in (1, 3) for kind in ("f4", ops.BFLOAT16)]
 
 
 CASES: dict[str, Callable[[], list[Any]]] = {

@@ -118,4 +118,20 @@ struct ColumnSums {
   float* maximum;
 };
 
+// Queries over the keys and values of one head, (keys, width) each, float32 or bf16:
+//   out = sum_j p_j value_j,  p_j = e^(scale query key_j - largest) / sum of them
+// over the first visible[i] keys but those with mask[i][j] = 0; 0 where none is left. scores: room
+// for 4 rows of `stride`, a multiple of 16 not below any of visible.
+struct Attention {
+  std::int64_t rows, width, stride;
+  const float* const* query;
+  float* const* out;
+  const std::int64_t* visible;
+  const std::uint8_t* const* mask;  // or null
+  const void *keys, *values;
+  bool bf16;
+  float scale;
+  float* scores;
+};
+
 }  // namespace bitwright

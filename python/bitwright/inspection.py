@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bitwright import papers, registry
+from bitwright import archs, papers, registry
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.formats.dense import dense
 from bitwright.report import RunReport
@@ -34,7 +34,8 @@ class Entry:
 @dataclass(frozen=True)
 class Inspection:
     """quant_method: "" for a float checkpoint. bits_per_weight: of the quantized linears, 0 if none
-    are read. report: the report of a folder of ours."""
+    are read. fused: how many decoder layers `bitwright.load` runs in one call each, or why none.
+    report: the report of a folder of ours."""
 
     path: str
     model: str
@@ -43,6 +44,7 @@ class Inspection:
     entries: tuple[Entry, ...]
     bytes: int
     bits_per_weight: float
+    fused: str
     report: RunReport | None
     damage: str = ""  # of the report
 
@@ -109,8 +111,10 @@ def inspect(path: str | Path) -> Inspection:
     method = str(config.get("quant_method", "unnamed")) if config else ""
     report, damage = _report(checkpoint.path)
     errors = {} if report is None else {one.name: one.error for one in report.linears}
+    fused = ""
     if method in registry.readers():
         entries, bits = _modules(checkpoint, errors)
+        fused = _fused(checkpoint, {one.name for one in entries})
     else:
         entries, bits = _tensors(checkpoint), 0.0
     return Inspection(
@@ -121,9 +125,30 @@ def inspect(path: str | Path) -> Inspection:
         _condense(entries),
         checkpoint.total_bytes,
         bits,
+        fused,
         report,
         damage,
     )
+
+
+def _fused(checkpoint: Checkpoint, names: Collection[str]) -> str:
+    """By what the config and the names tell: a layer needs all its linears quantized, with their
+    columns in natural order."""
+    config, arch = checkpoint.config, archs.find(checkpoint.config)
+    told = archs.not_fused(config)
+    if told or arch is None:
+        return f"layers run operation by operation: {told}"
+    settings, tensors = config["quantization_config"], set(checkpoint.entries)
+
+    def ready(module: str) -> bool:
+        ordered = module in settings.get("ordered", ()) or f"{module}.weight_g_idx" in tensors
+        return module in names and not ordered and not settings.get("desc_act")
+
+    linears = [linear.name for group in arch.groups for linear in group.linears]
+    count = int(config.get("num_hidden_layers", 0))
+    whole = sum(all(ready(f"{arch.blocks}.{i}.{name}") for name in linears) for i in range(count))
+    missing = "" if whole == count else "; the others have linears in float or in act-order"
+    return f"{whole} of {count} layers run in one call each{missing}"
 
 
 def _report(folder: Path) -> tuple[RunReport | None, str]:

@@ -274,6 +274,8 @@ def inspection(to: Printer, found: Inspection) -> None:
     to.line(f"{found.path}: {found.model}, {kind}, {size(found.bytes)} of weights")
     if found.bits_per_weight:
         to.line(f"{found.bits_per_weight:.3f} bits per weight in the quantized linears")
+    if found.fused:
+        to.line(found.fused)
     to.table(
         ("tensor", "shape", "stored as", "count", "size", "largest error"),
         [

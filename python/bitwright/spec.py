@@ -1,8 +1,7 @@
 """The nouns of bitwright, all on one page.
 
 Symbols, the same in every file: `W` is a weight matrix (n, k) = (out, in), row-major, as a
-checkpoint stores it; `g` columns of a row share one scale `s` and zero point `z`; `codes` are
-unsigned integers; the canonical value of a code c is
+checkpoint stores it; `g` columns of a row share a scale `s` and a zero point `z`; a code c means
 
     w = (grid[c] - z) * s        in float32: one subtraction, one multiplication.
 
@@ -297,9 +296,9 @@ class Group:
 class Arch:
     """An architecture as data.
 
-    blocks: path of the block list. groups: in the order they run. norm: how a norm applies its
-    gain: "rms" (w * x), "rms1" ((1 + w) * x), "layer" (w * x + b). embeddings, head: weights kept
-    in float. declared: False for groups that were discovered by running a batch.
+    blocks: path of their list. groups: as they run. norm: how its gain works: "rms" (w * x), "rms1"
+    ((1 + w) * x), "layer" (w * x + b). embeddings, head: kept in float. declared: not found by
+    running a batch. fused: one call runs a block; names of its head norms and of a rotary flag.
     """
 
     name: str
@@ -309,6 +308,7 @@ class Arch:
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
     head: str = "lm_head"
     declared: bool = True
+    fused: tuple[str, str, str] | None = None
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,9 @@ Temperature = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of drawn tokens.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="[all CPUs]", min=1)]
+Fused = Annotated[
+    bool, typer.Option("--fused/--no-fused", help="Decoder layers in one call where they can.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No figures.")]
 
 
@@ -75,6 +78,7 @@ def generate(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     threads: Threads = None,
+    fused: Fused = True,
     json: Annotated[str | None, typer.Option("--json", help="Text and figures to a file.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -83,7 +87,7 @@ def generate(
         raise InputError("[json] wanted a file, got -: standard output has the text")
     printer, figures = show.Printer(json), show.Printer("-", quiet)
     text = sys.stdin.read() if prompt == "-" else prompt
-    speaker = generation.Speaker(folder, mode=mode.value, dtype=dtype, threads=threads)
+    speaker = generation.Speaker(folder, mode=mode.value, dtype=dtype, threads=threads, fused=fused)
     done = speaker.tell(text, _say, tokens=tokens, temperature=temperature, seed=seed)
     _say("\n")
     _figures(figures, done, speaker.seconds)
@@ -99,11 +103,12 @@ def chat(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     threads: Threads = None,
+    fused: Fused = True,
     quiet: Quiet = False,
 ) -> None:
     """Talk with a model, by its chat template; an empty line ends it."""
     figures = show.Printer("-", quiet)
-    speaker = generation.Speaker(folder, mode=mode.value, dtype=dtype, threads=threads)
+    speaker = generation.Speaker(folder, mode=mode.value, dtype=dtype, threads=threads, fused=fused)
     messages = [{"role": "system", "content": system}] if system else []
     while (line := _line()) is not None:
         messages.append({"role": "user", "content": line})

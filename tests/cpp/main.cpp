@@ -13,6 +13,7 @@ void solve();
 void awq();
 void linear();
 void packed();
+void block();
 void large();
 
 }  // namespace bitwright_tests
@@ -24,7 +25,7 @@ int main() {
     void (*run)();
   } tests[] = {{"parallel", parallel}, {"codes", codes}, {"scales", scales}, {"sums", sums},
                {"factors", factors},   {"solve", solve}, {"awq", awq},       {"linear", linear},
-               {"packed", packed},     {"large", large}};
+               {"packed", packed},     {"block", block}, {"large", large}};
   for (const auto& test : tests) {
     const int before = passed.load();
     try {

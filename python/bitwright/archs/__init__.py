@@ -43,3 +43,12 @@ def find(config: Mapping[str, Any]) -> Arch | None:
         return None
     arch: Arch = module.select(config) if hasattr(module, "select") else module.ARCH
     return arch
+
+
+def not_fused(config: Mapping[str, Any]) -> str:
+    """Why the blocks of a config.json's model cannot each run in one call; "" if they can."""
+    arch = find(config)
+    if arch is None or arch.fused is None:
+        return f"{(config.get('architectures') or ['the class'])[0]} is not declared for it"
+    activation = config.get("hidden_act", "silu")
+    return "" if activation in ("silu", "swish") else f"wanted SiLU, it has {activation}"

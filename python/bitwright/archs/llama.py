@@ -33,4 +33,5 @@ ARCH = Arch(
         ),
         Group((Linear("mlp.down_proj", ("mlp.down",)),), stream="post_attention_layernorm"),
     ),
+    fused=("q_norm", "k_norm", "use_rope"),
 )

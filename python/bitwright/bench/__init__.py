@@ -5,6 +5,7 @@
     contests   one op, its work, and who does it: ours and the rivals, on the same arrays
     measure    runs them: the minimum over repeats, contenders in turn (A B A B), so that a drift of
                the machine's clock hits all alike
+    models     `bitwright bench DIR`: a quantized model beside its original, in tokens a second
     command    the command line
 
 Work is counted as the op needs it (a Gram matrix: t k^2, half of the full product), also for a

@@ -80,11 +80,14 @@ class Speaker:
         activations: Activations = "group",
         dtype: str | None = None,
         threads: int | None = None,
+        fused: bool = True,
     ) -> None:
         begin, folder = time.perf_counter(), resolve(path)
         torch.set_num_threads(ops.set_threads(threads))
         self.tokenizer = load_tokenizer(folder)
-        self.model: PreTrainedModel = load(folder, mode=mode, activations=activations, dtype=dtype)
+        self.model: PreTrainedModel = load(
+            folder, mode=mode, activations=activations, dtype=dtype, fused=fused
+        )
         self.folder, self.seconds = folder, time.perf_counter() - begin
 
     def tell(self, prompt: str, emit: Emit, **settings: Any) -> Generated:

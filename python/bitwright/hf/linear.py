@@ -150,10 +150,11 @@ class QuantLinear(nn.Module):
                 f"[hf] wanted a weight {shape} in {self.scheme.name}, got {q.shape} in "
                 f"{q.scheme.name}"
             )
-        tensors = own.write("", q, ops.BFLOAT16)
-        for name in self.layout():
-            side = None if name in PACKED else as_tensor(tensors[f".{name}"])
-            self._buffers[name] = side
+        names = list(self.layout())
+        sides = [name for name in names if name not in PACKED]
+        tensors = own.write("", q, ops.BFLOAT16) if sides else {}
+        for name in names:
+            self._buffers[name] = as_tensor(tensors[f".{name}"]) if name in sides else None
         self.panels, self.whole = torch.from_numpy(ops.pack_linear(q).panels), q.global_scale
         self.matrix()
         for tensor in (*self._buffers.values(), self.bias):

@@ -23,6 +23,7 @@ from bitwright.files.checkpoint import Checkpoint
 from bitwright.files.hub import resolve
 from bitwright.formats import bitwright as own
 from bitwright.formats.dense import Dense, dense
+from bitwright.hf.fused import set_fused
 from bitwright.hf.linear import QuantLinear, mark_initialised
 from bitwright.hf.product import Activations, Mode
 from bitwright.hf.quantizer import BitwrightConfig, BitwrightQuantizer, is_linear, shape_of
@@ -39,13 +40,15 @@ def load(
     activations: Activations = "group",
     dtype: str | torch.dtype | None = None,
     attention: str | None = None,
+    fused: bool = True,
 ) -> PreTrainedModel:
     """The model of a quantized folder, or hub id: formats bitwright, gptq, awq, compressed-tensors
     and bitsandbytes.
 
     mode: "fast" (int8 activations, a scale per token and "group" or "token") or "exact". dtype: of
     everything else; None: the checkpoint's, float32 where that is float16. attention: an
-    implementation of transformers, None: its choice. InputError or RefusedError name what is
+    implementation of transformers, None: its choice. fused: decoder layers run in one call where
+    they can (hf.fused). InputError or RefusedError name what is
     missing, misshapen or unknown.
     """
     checkpoint = Checkpoint(resolve(path))
@@ -61,7 +64,7 @@ def load(
     )
     hollow.find_blocks(model)  # refuses mixtures of experts
     homes = _fill_plain(model, view)
-    config = BitwrightConfig(mode=mode, activations=activations)
+    config = BitwrightConfig(mode=mode, activations=activations, fused=fused)
     config.schemes, config.ordered = _replace(model, view, homes, config)
     _settle(model, checkpoint.path, config)
     return model
@@ -142,6 +145,7 @@ def _settle(model: Any, folder: Path, config: BitwrightConfig) -> None:
     config.schemes = {name: scheme for name, scheme in named.items() if scheme != config.scheme}
     model.tie_weights()
     share(model)
+    set_fused(model, config.fused)
     model.config.quantization_config = config
     model.config.name_or_path = model.name_or_path = str(folder)
     model.is_quantized, model.quantization_method = True, config.quant_method

@@ -31,6 +31,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bitwright.calib import hollow
 from bitwright.files.safetensors import Entry, SafetensorsFile
 from bitwright.formats import bitwright as own
+from bitwright.hf.fused import set_fused
 from bitwright.hf.linear import QuantLinear
 from bitwright.hf.product import Activations, Mode
 from bitwright.hf.shared import share
@@ -39,7 +40,7 @@ from bitwright.recipe import matches
 from bitwright.spec import InputError, Scheme
 
 NAME = own.METHOD
-LOADING = ("mode", "activations")  # of this process, not of the file
+LOADING = ("mode", "activations", "fused")  # of this process, not of the file
 
 
 class BitwrightConfig(QuantizationConfigMixin):
@@ -47,7 +48,8 @@ class BitwrightConfig(QuantizationConfigMixin):
 
     scheme: of all linears in the blocks but those named in schemes (name -> scheme). skip: shell
     patterns, or "re:" and a regular expression, of linears that stay in float. mode, activations:
-    how products are made (QuantLinear); not stored. ordered: modules with columns in act-order.
+    how products are made (QuantLinear), fused: whether decoder layers run in one call where they
+    can; not stored. ordered: modules with columns in act-order.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class BitwrightConfig(QuantizationConfigMixin):
         ordered: Sequence[str] = (),
         mode: Mode = "fast",
         activations: Activations = "group",
+        fused: bool = True,
         version: str | None = None,
         quant_method: str = NAME,
         **unknown: Any,
@@ -70,7 +73,7 @@ class BitwrightConfig(QuantizationConfigMixin):
         self.version = version or version_of("bitwright")
         self.scheme, self.schemes = scheme, schemes or {}
         self.skip, self.ordered = skip, ordered
-        self.mode, self.activations = mode, activations
+        self.mode, self.activations, self.fused = mode, activations, fused
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What an argument of from_pretrained may say about a model that is quantized already."""
@@ -241,6 +244,7 @@ class BitwrightQuantizer(HfQuantizer):
         for name, layer in quant_linears(model):
             layer.settle(name)
         share(model)
+        set_fused(model, self.quantization_config.fused)
         return model
 
     def is_serializable(self) -> bool:

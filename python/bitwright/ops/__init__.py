@@ -14,6 +14,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from bitwright.ops.arrays import BFLOAT16 as BFLOAT16
 from bitwright.ops.arrays import as_numpy as as_numpy
+from bitwright.ops.block import NO_MASK as NO_MASK
+from bitwright.ops.block import DecoderBlock as DecoderBlock
+from bitwright.ops.block import KeyValues as KeyValues
+from bitwright.ops.block import blocks as blocks
+from bitwright.ops.block import head as head
 from bitwright.ops.codes import SEARCH_FACTORS as SEARCH_FACTORS
 from bitwright.ops.codes import block_steps as block_steps
 from bitwright.ops.codes import decode as decode
