@@ -14,6 +14,14 @@ inline std::uint32_t eight_of_four(std::uint64_t bytes) {
   return static_cast<std::uint32_t>(bytes | bytes >> 16);
 }
 
+// And back.
+inline std::uint64_t bytes_of_eight(std::uint32_t word) {
+  std::uint64_t bytes = word;
+  bytes = (bytes | bytes << 16) & 0x0000FFFF0000FFFFU;
+  bytes = (bytes | bytes << 8) & 0x00FF00FF00FF00FFU;
+  return (bytes | bytes << 4) & 0x0F0F0F0F0F0F0F0FU;
+}
+
 // codes [count] of `bits` bits each, that fit, to ceil(count bits / 32) words.
 inline void write_bits(const std::uint8_t* codes, Index count, int bits, std::uint32_t* words) {
   Index i = 0;
@@ -34,6 +42,27 @@ inline void write_bits(const std::uint8_t* codes, Index count, int bits, std::ui
     }
   }
   if (filled > 0) *words = static_cast<std::uint32_t>(window);
+}
+
+// The codes of such words.
+inline void read_bits(const std::uint32_t* words, Index count, int bits, std::uint8_t* codes) {
+  Index i = 0;
+  for (; bits == 4 && i + 8 <= count; i += 8) {
+    const std::uint64_t bytes = bytes_of_eight(*words++);
+    std::memcpy(codes + i, &bytes, sizeof bytes);
+  }
+  const std::uint32_t mask = 0xFFU >> (8 - bits);
+  std::uint64_t window = 0;
+  int filled = 0;
+  for (; i < count; ++i) {
+    if (filled < bits) {
+      window |= static_cast<std::uint64_t>(*words++) << filled;
+      filled += 32;
+    }
+    codes[i] = static_cast<std::uint8_t>(window & mask);
+    window >>= bits;
+    filled -= bits;
+  }
 }
 
 }  // namespace bitwright

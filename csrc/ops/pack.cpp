@@ -40,21 +40,9 @@ void pack(In<std::uint8_t> codes, int bits, Out<std::uint32_t> words) {
 
 void unpack(In<std::uint32_t> words, int bits, Out<std::uint8_t> codes) {
   check("unpack", codes.rows(), codes.cols(), bits, words.rows(), words.cols());
-  const std::uint32_t mask = 0xFFU >> (8 - bits);
   each_row(codes.rows(), [&](Index r) {
-    const std::uint32_t* from = words.data() + r * words.outerStride();
-    std::uint8_t* to = codes.data() + r * codes.outerStride();
-    std::uint64_t window = 0;
-    int filled = 0;
-    for (Index i = 0; i < codes.cols(); ++i) {
-      if (filled < bits) {
-        window |= static_cast<std::uint64_t>(*from++) << filled;
-        filled += 32;
-      }
-      to[i] = static_cast<std::uint8_t>(window & mask);
-      window >>= bits;
-      filled -= bits;
-    }
+    read_bits(words.data() + r * words.outerStride(), codes.cols(), bits,
+              codes.data() + r * codes.outerStride());
   });
 }
 

@@ -1,6 +1,7 @@
 // Codes, scales and zero points into panels of 16 rows and back (kernels/packed.h). Rows are
 // independent by panels, so that a loader packs a few at a time.
 #include <cmath>
+#include <type_traits>
 
 #include "core/half.h"
 #include "ops.h"
@@ -92,6 +93,7 @@ float read_zero(const PanelLayout& layout, Index cell, const std::uint8_t* panel
 }
 
 // The words of a row's strip: four quads of a lane to and from the units they share.
+template <int kWidth>
 struct Units {
   std::uint8_t* at[4];
   int shift[4];
@@ -100,51 +102,57 @@ struct Units {
 
   Units(const PanelLayout& layout, std::uint8_t* panel, Index strip, Index lane) {
     std::uint8_t* codes = panel + layout.codes_at + lane * 4;
-    const int width = layout.width == 3 ? 2 : layout.width, per_unit = 8 / width;
-    std::uint8_t* first = codes + strip * width / 2 * kLine;
-    if (layout.width == 3) first = codes + (strip / 2 * 3 + strip % 2) * kLine;
+    constexpr int kLow = kWidth == 3 ? 2 : kWidth, kPerUnit = 8 / kLow;
+    std::uint8_t* first = codes + strip * kLow / 2 * kLine;
+    if (kWidth == 3) first = codes + (strip / 2 * 3 + strip % 2) * kLine;
     high = codes + (strip / 2 * 3 + 2) * kLine;
     high_shift = static_cast<int>(strip % 2 * 4);
     for (int j = 0; j < 4; ++j) {
-      at[j] = first + j / per_unit * kLine;
-      shift[j] = j % per_unit * width;
+      at[j] = first + j / kPerUnit * kLine;
+      shift[j] = j % kPerUnit * kLow;
     }
   }
 };
 
-void put(std::uint8_t* at, std::uint32_t bits) {
-  std::uint32_t word;
-  std::memcpy(&word, at, 4);
-  word |= bits;
-  std::memcpy(at, &word, 4);
-}
-
-std::uint32_t get(const std::uint8_t* at, int shift, std::uint32_t mask) {
+std::uint32_t word_at(const std::uint8_t* at, int shift, std::uint32_t mask) {
   std::uint32_t word;
   std::memcpy(&word, at, 4);
   return word >> shift & mask;
 }
 
+// Writes the lane's words of a strip. Width 3: the unit that strips share is 0 before its first.
+template <int kWidth>
 void put_strip(const PanelLayout& layout, std::uint8_t* panel, Index strip, Index lane,
                const std::uint8_t* codes) {
-  const Units units(layout, panel, strip, lane);
-  const std::uint32_t low = layout.width == 3 ? 0x03030303U : 0xFFFFFFFFU;
+  const Units<kWidth> units(layout, panel, strip, lane);
+  std::uint32_t quad[4], word = 0;
+  std::memcpy(quad, codes, sizeof quad);
+  if constexpr (kWidth == 3) {
+    std::uint32_t high = 0;
+    if (strip % 2 != 0) std::memcpy(&high, units.high, 4);
+    for (int j = 0; j < 4; ++j) {
+      high |= (quad[j] >> 2 & 0x01010101U) << (units.high_shift + j);
+      quad[j] &= 0x03030303U;
+    }
+    std::memcpy(units.high, &high, 4);
+  }
   for (int j = 0; j < 4; ++j) {
-    std::uint32_t quad;
-    std::memcpy(&quad, codes + 4 * j, 4);
-    put(units.at[j], (quad & low) << units.shift[j]);
-    if (layout.width == 3) put(units.high, (quad >> 2 & 0x01010101U) << (units.high_shift + j));
+    word |= quad[j] << units.shift[j];
+    if (j == 3 || (j + 1) % (8 / (kWidth == 3 ? 2 : kWidth)) == 0) {
+      std::memcpy(units.at[j], &word, 4);
+      word = 0;
+    }
   }
 }
 
+template <int kWidth>
 void get_strip(const PanelLayout& layout, std::uint8_t* panel, Index strip, Index lane,
                std::uint8_t* codes) {
-  const Units units(layout, panel, strip, lane);
-  const int width = layout.width == 3 ? 2 : layout.width;
-  const std::uint32_t mask = (0xFFU >> (8 - width)) * 0x01010101U;
+  const Units<kWidth> units(layout, panel, strip, lane);
+  constexpr std::uint32_t mask = (0xFFU >> (8 - (kWidth == 3 ? 2 : kWidth))) * 0x01010101U;
   for (int j = 0; j < 4; ++j) {
-    std::uint32_t quad = get(units.at[j], units.shift[j], mask);
-    if (layout.width == 3) quad |= get(units.high, units.high_shift + j, 0x01010101U) << 2;
+    std::uint32_t quad = word_at(units.at[j], units.shift[j], mask);
+    if constexpr (kWidth == 3) quad |= word_at(units.high, units.high_shift + j, 0x01010101U) << 2;
     std::memcpy(codes + 4 * j, &quad, 4);
   }
 }
@@ -154,6 +162,15 @@ void require_panels(const char* op, const PanelLayout& layout, Index rows, Index
   require(columns == layout.k && panels == ceil_div(rows, kPanelRows) && bytes == layout.bytes, "[",
           op, "] panels must be ", ceil_div(rows, kPanelRows), " x ", layout.bytes, " for ", rows,
           " x ", layout.k, " codes, got ", panels, " x ", bytes, " for ", rows, " x ", columns);
+}
+
+// f(width) of the layout's, as a constant.
+template <class F>
+void with_width(const PanelLayout& layout, const F& f) {
+  if (layout.width == 2) return f(std::integral_constant<int, 2>{});
+  if (layout.width == 3) return f(std::integral_constant<int, 3>{});
+  if (layout.width == 4) return f(std::integral_constant<int, 4>{});
+  f(std::integral_constant<int, 8>{});
 }
 
 // f(strip, first column, columns) over a row.
@@ -209,8 +226,9 @@ void pack_linear(In<std::uint8_t> codes, In<float> scales, In<float> zeros, int 
   parallel_for(panels.rows(), [&](Index p) {
     std::uint8_t* panel = panels.data() + p * panels.outerStride();
     std::memset(panel, 0, static_cast<std::size_t>(layout.bytes));
-    for (Index lane = 0; lane < std::min<Index>(kPanelRows, n - p * kPanelRows); ++lane) {
-      const Index row = p * kPanelRows + lane;
+    const Index first = p * kPanelRows, lanes = std::min<Index>(kPanelRows, n - first);
+    for (Index lane = 0; lane < lanes; ++lane) {
+      const Index row = first + lane;
       for (Index g = 0; g < layout.groups; ++g) {
         const Index cell = g * kPanelRows + lane;
         require(Words::write(layout, scales(row, g), panel + cell * word_bytes(layout)),
@@ -223,12 +241,17 @@ void pack_linear(In<std::uint8_t> codes, In<float> scales, In<float> zeros, int 
       for (Index j = 0; j < layout.k; ++j) all |= from[j];
       require(all >> bits == 0, "[pack_linear] codes must fit in ", bits, " bits, got ", int(all),
               " or less in row ", row);
-      each_strip(layout, [&](Index strip, Index column, Index columns) {
-        std::uint8_t padded[kStrip] = {};
-        if (columns < kStrip) std::memcpy(padded, from + column, static_cast<std::size_t>(columns));
-        put_strip(layout, panel, strip, lane, columns < kStrip ? padded : from + column);
-      });
     }
+    with_width(layout, [&](auto width) {
+      each_strip(layout, [&](Index strip, Index column, Index columns) {
+        const std::uint8_t* from = codes.data() + first * codes.outerStride() + column;
+        for (Index lane = 0; lane < lanes; ++lane, from += codes.outerStride()) {
+          std::uint8_t padded[kStrip] = {};
+          if (columns < kStrip) std::memcpy(padded, from, static_cast<std::size_t>(columns));
+          put_strip<width>(layout, panel, strip, lane, columns < kStrip ? padded : from);
+        }
+      });
+    });
   });
 }
 
@@ -247,10 +270,12 @@ void unpack_linear(In<std::uint8_t> panels, const PanelLayout& layout, Out<std::
         zeros(row, g) = read_zero(layout, cell, panel);
       }
       std::uint8_t* to = codes.data() + row * codes.outerStride();
-      each_strip(layout, [&](Index strip, Index column, Index columns) {
-        std::uint8_t padded[kStrip];
-        get_strip(layout, panel, strip, lane, padded);
-        std::memcpy(to + column, padded, static_cast<std::size_t>(columns));
+      with_width(layout, [&](auto width) {
+        each_strip(layout, [&](Index strip, Index column, Index columns) {
+          std::uint8_t padded[kStrip];
+          get_strip<width>(layout, panel, strip, lane, padded);
+          std::memcpy(to + column, padded, static_cast<std::size_t>(columns));
+        });
       });
     }
   });

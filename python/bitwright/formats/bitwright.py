@@ -154,8 +154,13 @@ def exact(name: str, q: QTensor) -> QTensor:
 
 def write(name: str, q: QTensor, dtype: np.dtype[Any]) -> dict[str, Array]:  # noqa: ARG001
     """The tensors of one linear."""
+    codes = ops.pack(q.codes, q.scheme.bits).view(np.int32)
+    return {f"{name}.codes": codes, **beside(name, q)}
+
+
+def beside(name: str, q: QTensor) -> dict[str, Array]:
+    """Those beside its codes."""
     tensors: dict[str, Array] = {
-        f"{name}.codes": ops.pack(q.codes, q.scheme.bits).view(np.int32),
         f"{name}.scales": _stored(q),
         f"{name}.shape": np.array(q.shape, np.int64),
     }

@@ -34,6 +34,7 @@ class Dense:
                 )
             self.format = registry.get("formats", method)
             self.modules = tuple(self.format.quantized(self.config, checkpoint.entries))
+        self._shapes = {name: entry[0] for name, entry in checkpoint.entries.items()}
         self._quantized = {f"{module}.weight": module for module in self.modules}
         arch = archs.find(checkpoint.config)
         linears = [] if arch is None else [x for group in arch.groups for x in group.linears]
@@ -53,11 +54,9 @@ class Dense:
         return list(dict.fromkeys(f"{own}.weight" if own else name for name, own in owners))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        entries = self.checkpoint.entries
         if self.format is None or name not in self._quantized:
-            return entries[name][0]
-        shapes = {key: entry[0] for key, entry in entries.items()}
-        n, k = self.format.shape(self._quantized[name], shapes, self.checkpoint.read)
+            return self._shapes[name]
+        n, k = self.format.shape(self._quantized[name], self._shapes, self.checkpoint.read)
         return (k, n) if name.endswith(self._transposed) else (n, k)
 
     def scheme(self, module: str) -> Scheme:

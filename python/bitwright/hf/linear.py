@@ -152,7 +152,7 @@ class QuantLinear(nn.Module):
             )
         names = list(self.layout())
         sides = [name for name in names if name not in PACKED]
-        tensors = own.write("", q, ops.BFLOAT16) if sides else {}
+        tensors = own.beside("", q) if sides else {}
         for name in names:
             self._buffers[name] = as_tensor(tensors[f".{name}"]) if name in sides else None
         self.panels, self.whole = torch.from_numpy(ops.pack_linear(q).panels), q.global_scale
