@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, P
 
 import bitwright
 import folders
-from bitwright import archs, hf, ops
+from bitwright import archs, hf, inspection, ops
 from bitwright.hf import store
 from bitwright.hf.fused import FusedLayer
 from problems import threads
@@ -359,3 +359,19 @@ def test_other_architectures_go_on_as_they_are(homes, name):
 def test_other_activations_are_not_taken_for_silu(homes):
     model = bitwright.load(homes("llama", hidden_act="gelu"))
     assert set(hf.fusion(model).values()) == {"wanted SiLU, it has gelu"}
+
+
+def test_inspect_tells_what_load_will_do(homes, tmp_path):
+    """From the files alone, and the same as of the loaded model."""
+    skip = [{"pattern": "*.0.mlp.up_proj", "skip": True}]
+    source = folders.float_folder("llama", tmp_path / "float")
+    partly = folders.ours(source, tmp_path / "partly", "int4-g16", overrides=skip)
+    for folder, want in (
+        (homes("llama"), "2 of 2 layers run in one call each"),
+        (partly, "1 of 2 layers run in one call each; the others have linears in float"),
+        (homes("gpt2"), "layers run operation by operation: GPT2LMHeadModel is not declared"),
+    ):
+        told = inspection.inspect(folder).fused
+        assert told.startswith(want)
+        ready = sum(not reason for reason in hf.fusion(bitwright.load(folder)).values())
+        assert ready == int(told[0] if told[0].isdigit() else 0)

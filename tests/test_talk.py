@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import folders
 from bitwright import cli, demo, hf
+from bitwright.hf import generation
 from bitwright.hf.generation import Speaker
 from bitwright.spec import InputError
 
@@ -48,6 +49,21 @@ def test_generate_streams_what_the_model_says(folder, tmp_path):
     assert (figures["prompt_tokens"], figures["tokens"]) == (ids.shape[1], len(new))
     piped = run("generate", folder, "--prompt", "-", "--tokens", 9, "--quiet", text=PROMPT)
     assert (piped.stdout, piped.stderr) == (told.stdout, "")
+
+
+@pytest.mark.parametrize("asked", [(), ("--fused",), ("--no-fused",)])
+def test_layers_are_fused_unless_it_is_switched_off(folder, monkeypatch, asked):
+    models = []
+
+    def load(*args, **wishes):
+        models.append(hf.load(*args, **wishes))
+        return models[-1]
+
+    monkeypatch.setattr(generation, "load", load)
+    told = run("generate", folder, "--prompt", PROMPT, "--tokens", 2, *asked)
+    assert told.exit_code == 0, told.output
+    reason = "it was not asked for" if "--no-fused" in asked else ""
+    assert set(hf.fusion(models[0]).values()) == {reason}
 
 
 def test_drawn_tokens_follow_the_seed(folder):
