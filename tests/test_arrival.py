@@ -23,7 +23,7 @@ from test_boundary import CASES, INPUTS, OUTPUTS, K, X, same
 
 MODULES = [
     importlib.import_module(f"bitwright.ops.{name}")  # some are hidden by an op of their name
-    for name in ("codes", "linear", "probe", "solve", "sums")
+    for name in ("block", "codes", "linear", "probe", "solve", "sums")
 ]
 
 
