@@ -4,6 +4,8 @@ architecture that is declared so; and the plain layers wherever something else i
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import threading
 from inspect import signature
 from pathlib import Path
@@ -375,3 +377,12 @@ def test_inspect_tells_what_load_will_do(homes, tmp_path):
         assert told.startswith(want)
         ready = sum(not reason for reason in hf.fusion(bitwright.load(folder)).values())
         assert ready == int(told[0] if told[0].isdigit() else 0)
+
+
+def test_inspect_knows_columns_in_act_order(homes, tmp_path):
+    folder = shutil.copytree(homes("llama"), tmp_path / "ordered")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["ordered"] = ["model.layers.0.mlp.up_proj"]
+    (folder / "config.json").write_text(json.dumps(config))
+    told = inspection.inspect(folder).fused
+    assert told.startswith("1 of 2 layers run in one call each; the others have linears in")
