@@ -64,6 +64,7 @@ FREE = {
     "cli",
     "show",
     "demo",
+    "options",
     "talk",
 }  # the front doors: everything above
 SIBLINGS = {"grids", "solvers", "transforms", "archs"}

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import bitwright
-from bitwright import cli
+from bitwright import cli, options
 from bitwright.demo import embedded_model
 from bitwright.spec import NumericalError, VerificationError
 
@@ -216,7 +216,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_resume(tmp_path):
 
 @pytest.mark.parametrize(("text", "count"), [("5GB", 5 * 10**9), ("1.5M", 1500000), ("77", 77)])
 def test_sizes(text, count):
-    assert cli.byte_count(text) == count
+    assert options.byte_count(text) == count
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"]])
