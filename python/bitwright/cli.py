@@ -34,6 +34,7 @@ from bitwright.options import (
     Chat,
     Effort,
     Format,
+    ForwardDevice,
     ForwardType,
     Json,
     Length,
@@ -148,6 +149,7 @@ def quantize(
     seed: Seed = None,
     chat: Chat = None,
     dtype: ForwardType = None,
+    device: ForwardDevice = None,
     memory: Memory = None,
     max_shard_size: ShardSize = "5GB",  # type: ignore[assignment]
     overwrite: Overwrite = False,
@@ -177,6 +179,7 @@ def quantize(
             work=work,
             threads=threads,
             dtype=None if dtype is None else dtype.value,
+            device=device,
             memory=memory,
             max_shard_size=max_shard_size,
             strict=strict,
@@ -210,6 +213,7 @@ def plan_command(
     seed: Seed = None,
     chat: Chat = None,
     dtype: ForwardType = None,
+    device: ForwardDevice = None,
     memory: Memory = None,
     max_shard_size: ShardSize = "5GB",  # type: ignore[assignment]  # noqa: ARG001
     overwrite: Overwrite = False,  # noqa: ARG001
@@ -237,6 +241,7 @@ def plan_command(
         wish,
         threads=threads,
         dtype=None if dtype is None else dtype.value,
+        device=device,
         memory=memory,
     )
     show.plan(printer, made)
@@ -256,6 +261,7 @@ def eval_command(
     card: Annotated[
         bool, typer.Option("--card/--no-card", help="Note the scores in a model card of ours.")
     ] = True,
+    device: ForwardDevice = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -270,6 +276,7 @@ def eval_command(
             text=text,
             windows=windows,
             length=length,
+            device=device,
             progress=bars,
         )
     show.evaluation(printer, scores)

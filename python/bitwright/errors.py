@@ -15,6 +15,10 @@ class DiskError(InputError):
     """A file could not be written (disk full, read-only, quota); what is finished stays there."""
 
 
+class DeviceError(InputError):
+    """A GPU has no memory left; what is finished stays there."""
+
+
 class RefusedError(BitwrightError, ValueError):
     """A format or method cannot hold or do what was asked, and says what would work."""
 

@@ -18,6 +18,7 @@ read save write   bytes, at the rates of a file written, synced and read back: t
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Estimate:
 
     def __init__(self, job: Job, sizes: Sizes, rerun: bool) -> None:
         self.job, self.sizes, self.rerun = job, sizes, rerun
-        self.dtype = job.skeleton.dtype
+        self.dtype, self.device = job.skeleton.dtype, job.device
         self._linears: dict[tuple[int, int], float] = {}
         self._sums: dict[tuple[int, int, bool], float] = {}
         self._solves: dict[tuple[int, str, bool, bool], trial.Solved] = {}
@@ -98,9 +99,12 @@ class Estimate:
         """Seconds per token."""
         if (n, k) not in self._linears:
             tokens = int(min(self.sizes.batch, max(128, PRODUCTS / (n * k) // 16 * 16)))
-            x, W = torch.ones(tokens, k, dtype=self.dtype), torch.ones(n, k, dtype=self.dtype)
+            x, W = (
+                torch.ones(rows, k, dtype=self.dtype, device=self.device) for rows in (tokens, n)
+            )
             with torch.inference_mode():
-                self._linears[n, k] = trial.typical(lambda: nn.functional.linear(x, W)) / tokens
+                spent = trial.typical(lambda: nn.functional.linear(x, W), self.device)
+            self._linears[n, k] = spent / tokens
         return self._linears[n, k]
 
     def _mixing(self) -> float:
@@ -111,11 +115,13 @@ class Estimate:
         width = int(getattr(config, "head_dim", None) or self.sizes.hidden // heads)
         work = heads * length / every * length * (width + self.sizes.hidden)
         fewer = max(1, min(math.ceil(work / PRODUCTS), length // every))
-        query, key = (torch.randn(1, h, length, width, dtype=self.dtype) for h in (heads, kv))
-        x = torch.randn(1, length, self.sizes.hidden, dtype=self.dtype)
+        like: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        query, key = (torch.randn(1, h, length, width, **like) for h in (heads, kv))
+        x = torch.randn(1, length, self.sizes.hidden, **like)
         call = attention.Call(nn.Module(), query, key, key, None, {})
         with torch.inference_mode():
-            return fewer * trial.typical(lambda: attention.mix(call, x, every * fewer, kv))
+            mix = partial(attention.mix, call, x, every * fewer, kv)
+            return fewer * trial.typical(mix, self.device)
 
     # sums
 
@@ -147,13 +153,16 @@ class Estimate:
             rows = min(n, COLUMNS)
             chunks = PRODUCTS / (columns**2 * (1 + 2 * compared) + 2 * rows * columns) / CHUNK
             tokens = int(min(self.sizes.batch, CHUNK * max(1, int(chunks))))
-            x, before = (torch.randn(tokens, columns).to(self.dtype) for _ in range(2))
-            stream = tuple(torch.randn(tokens, rows).to(self.dtype) for _ in range(2))
-            sums = StatsCollector(columns)
+            x, before, *stream = (
+                torch.randn(tokens, width).to(self.device, self.dtype)
+                for width in (columns, columns, rows, rows)
+            )
+            sums = StatsCollector(columns, sums=self.job.sums_of(columns))
             given: tuple[Any, ...] = (x,)
             if compared:
-                given = (x, before, stream if rows else None)
-            self._sums[key] = larger * trial.typical(lambda: sums.update(*given)) / tokens
+                given = (x, before, tuple(stream) if rows else None)
+            spent = trial.typical(lambda: sums.update(*given), self.device)
+            self._sums[key] = larger * spent / tokens
         return self._sums[key]
 
     # solve

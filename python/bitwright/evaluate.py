@@ -23,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bitwright.calib import device as devices
+from bitwright.calib import precision
 from bitwright.calib.data import load_tokenizer, tokenise, validation_text
 from bitwright.calib.skeleton import Skeleton, longest_window
 from bitwright.files.checkpoint import Checkpoint
@@ -76,11 +78,11 @@ def windows_of(text: str, folder: Path, windows: int, length: int) -> npt.NDArra
 class _Model:
     """One checkpoint, streamed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: torch.device) -> None:
         self.checkpoint = Checkpoint(path)
         self.view = dense(self.checkpoint)
         shapes = {name: self.view.shape(name) for name in self.view.names()}
-        self.skeleton = Skeleton(path, self.view.read, shapes, "float32")
+        self.skeleton = Skeleton(path, self.view.read, shapes, "float32", device=device)
         self.seconds = 0.0
 
     def hidden(self, ids: npt.NDArray[np.int64], progress: Progress) -> list[torch.Tensor]:
@@ -93,6 +95,7 @@ class _Model:
             with self.skeleton.block(i):
                 batches = [self.skeleton.forward_block(i, batch) for batch in batches]
             progress.advance()
+        devices.settle(self.skeleton.device)
         self.seconds += time.perf_counter() - begin
         return batches
 
@@ -138,10 +141,10 @@ def _score(
     for row, begin, a, b in pairs:
         p = base.skeleton.logits(a)[0].float().log_softmax(-1)
         q = quant.skeleton.logits(b)[0].float().log_softmax(-1)
-        kl.append((p.exp() * (p - q)).sum(-1, dtype=torch.float64).numpy())
+        kl.append((p.exp() * (p - q)).sum(-1, dtype=torch.float64).cpu().numpy())
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        following = torch.from_numpy(ids[row, begin + 1 : begin + 1 + len(p)])
-        at = torch.arange(len(following))
+        following = torch.from_numpy(ids[row, begin + 1 : begin + 1 + len(p)]).to(p.device)
+        at = torch.arange(len(following), device=p.device)
         loss -= [float(x[at, following].sum(dtype=torch.float64)) for x in (p, q)]
         scored += len(following)
     divergence = np.concatenate(kl)
@@ -166,12 +169,15 @@ def compare(
     ids: npt.NDArray[np.int64] | None = None,
     windows: int = 12,
     length: int = 512,
+    device: str | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """Compares two checkpoints, folders or hub ids, on a text file (None: the shipped validation
-    text), or on token ids (N, length) in its place."""
+    text), or on token ids (N, length) in its place. device: "cpu" or "cuda" (None: a GPU where
+    torch has one)."""
     content = validation_text() if text is None else _read_text(Path(text))
-    original, other = _Model(resolve(base)), _Model(resolve(quant))
+    place = devices.choose(device)
+    original, other = (_Model(resolve(one), place) for one in (base, quant))
     what = "the shipped validation text" if text is None else str(text)
     if ids is None:
         ids = windows_of(content, original.checkpoint.path, windows, length)
@@ -189,7 +195,8 @@ def compare(
             f"[evaluate] wanted windows of at most {longest} tokens, what the models take, got "
             f"{ids.shape[1]}"
         )
-    scores = _score(original, other, ids, progress)
+    with precision.products("float32", place.type):
+        scores = _score(original, other, ids, progress)
     return Evaluation(
         base=str(base),
         quantized=str(quant),

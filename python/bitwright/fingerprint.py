@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright import ops
-from bitwright.calib import precision
+from bitwright.calib import device, precision
 from bitwright.job import Job
 
 
@@ -31,7 +31,8 @@ def _file(path: Path) -> str:
 
 
 def fingerprint(job: Job, ids: npt.NDArray[np.int64] | None) -> Mapping[str, str]:
-    """Recipe, tokens, config, tensor files, versions, instruction set, dtype, threads, batch."""
+    """Recipe, tokens, config, tensor files, versions, instruction set, device, dtype, threads,
+    batch."""
     recipe = asdict(job.recipe)
     facts = {
         "bitwright": version("bitwright"),
@@ -39,7 +40,8 @@ def fingerprint(job: Job, ids: npt.NDArray[np.int64] | None) -> Mapping[str, str
         "transformers": version("transformers"),
         "isa": ops.isa(),
         "dtype": job.dtype,
-        "matmul": precision.choice(job.dtype) or "as set",
+        "device": device.label(job.device),
+        "matmul": precision.choice(job.dtype, job.device.type) or "as set",
         "threads": str(job.threads),
         "batch": str(job.batch),
         "config": _file(job.checkpoint.path / "config.json"),

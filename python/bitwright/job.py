@@ -20,8 +20,10 @@ import numpy.typing as npt
 
 from bitwright import archs, ops, registry
 from bitwright import recipe as recipes
+from bitwright.calib import device as devices
 from bitwright.calib.discover import discover
 from bitwright.calib.skeleton import ForwardDtype, Skeleton, forward_dtype, longest_window
+from bitwright.calib.sums import CoreSums, Sums
 from bitwright.files.checkpoint import Checkpoint, Outline
 from bitwright.spec import F32, Arch, Group, InputError, Linear, Recipe, RefusedError, Target
 
@@ -73,12 +75,25 @@ class Job:
         return int(recipes.solver_options(self.recipe).get("attention", 0))
 
     @property
+    def device(self) -> devices.Device:
+        """Where the forward and the sums run."""
+        return self.skeleton.device
+
+    @property
     def gram_dtype(self) -> str:
         """What bf16 inputs are multiplied in; InputError for a wish that the forward or the machine
         does not allow."""
         wish = recipes.solver_options(self.recipe).get("gram_dtype", "auto")
+        if self.device.type != "cpu" and wish in ("auto", self.dtype):
+            return self.dtype
         dtype = ops.BFLOAT16 if self.dtype == "bfloat16" else np.dtype(np.float32)
         return ops.products_of(dtype, None if wish == "auto" else wish)
+
+    def sums_of(self, k: int) -> Sums:
+        """Who adds up what arrives at a linear of k columns."""
+        if self.device.type == "cpu":
+            return CoreSums(k, self.gram_dtype)
+        return devices.DeviceSums(k, self.device, self.gram_dtype == "bfloat16")
 
     @property
     def format(self) -> ModuleType:
@@ -155,12 +170,16 @@ def open_job(
     *,
     dtype: ForwardDtype | None = None,
     threads: int | None = None,
+    device: str | None = None,
 ) -> Job:
     """Opens a run on a checkpoint folder; InputError or RefusedError where it cannot be done."""
     checkpoint = Checkpoint(Path(source))
     _require_float(checkpoint)
     shapes = {name: entry[0] for name, entry in checkpoint.entries.items()}
-    skeleton = Skeleton(checkpoint.path, checkpoint.read, shapes, dtype or forward_dtype())
+    place = devices.choose(device)
+    skeleton = Skeleton(
+        checkpoint.path, checkpoint.read, shapes, dtype or forward_dtype(place), device=place
+    )
     _require_known(checkpoint, skeleton)
     return _job(checkpoint, skeleton, recipe, threads)
 
@@ -171,11 +190,13 @@ def outline_job(
     *,
     dtype: ForwardDtype | None = None,
     threads: int | None = None,
+    device: str | None = None,
 ) -> Job:
     """The same for a config.json alone: what a run would be on the weights that it asks for."""
     outline = Outline(config)
     _require_float(outline)
-    skeleton = Skeleton(config, outline.read, None, dtype or forward_dtype())
+    place = devices.choose(device)
+    skeleton = Skeleton(config, outline.read, None, dtype or forward_dtype(place), device=place)
     outline.promise({s: tuple(skeleton.slots[n].meta.shape) for n, s in skeleton.sources.items()})
     return _job(outline, skeleton, recipe, threads)
 

@@ -46,6 +46,7 @@ def quantize(
     work: str | Path | None = None,
     threads: int | None = None,
     dtype: ForwardDtype | None = None,
+    device: str | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     memory: int | None = None,
     strict: bool = False,
@@ -61,7 +62,8 @@ def quantize(
     calibration: text or JSONL file, data set, list of strings, token ids (N, length), or None for
     the shipped text; for a module that is no transformers model an iterable of its inputs.
     tokenizer: for a model in memory that was not loaded from a folder with one. work: folder for
-    what is finished (default OUT.work, removed at the end). threads: of the C++ core. memory: bytes
+    what is finished (default OUT.work, removed at the end). threads: of the C++ core. device: of
+    the forward and the Gram sums, "cpu" or "cuda" (None: a GPU where torch has one). memory: bytes
     that the run may take; where parked activations do not fit, blocks run again for each group.
     max_shard_size: bytes. strict: a fallback is an error. Returns the report that also lies in
     `out`. Errors: InputError, RefusedError (ValueErrors), NumericalError, VerificationError.
@@ -70,7 +72,8 @@ def quantize(
     if isinstance(model_or_path, str | Path) and out is None:
         raise InputError("[quantize] wanted out=, a folder to write to, got none")
     keywords = {
-        "calibration": calibration, "threads": threads, "dtype": dtype, "memory": memory,
+        "calibration": calibration, "threads": threads, "dtype": dtype, "device": device,
+        "memory": memory,
         "max_shard_size": max_shard_size, "strict": strict, "overwrite": overwrite,
         "progress": progress, "work": None if work is None else Path(work),
     }  # fmt: skip

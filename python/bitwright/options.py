@@ -70,6 +70,10 @@ ForwardType = Annotated[
     Dtype | None,
     typer.Option("--dtype", help="Of the calibration forward. [bfloat16 where it is the faster]"),
 ]
+ForwardDevice = Annotated[
+    str | None,
+    typer.Option("--device", help="Of forward and sums: cpu | cuda. [a GPU where torch has one]"),
+]
 Memory = Annotated[
     int | None,
     typer.Option(

@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 
 from bitwright import export, ops, papers, plan
+from bitwright.calib import device as devices
 from bitwright.calib import precision
 from bitwright.calib.capture import Capture, Streams
 from bitwright.calib.data import Tokens, are_ids, collect, load_tokenizer, require_file
@@ -40,6 +41,7 @@ from bitwright.progress import Progress, silent
 from bitwright.report import RunReport
 from bitwright.solving import BlockSolver
 from bitwright.spec import (
+    DeviceError,
     DiskError,
     Group,
     InputError,
@@ -57,7 +59,7 @@ class _Run:
 
     def __init__(self, job: Job, spool: Spool, progress: Progress, rerun: bool) -> None:
         self.job, self.spool, self.progress, self.rerun = job, spool, progress, rerun
-        self.clock = Clock()
+        self.clock = Clock(partial(devices.settle, job.device))
         job.checkpoint.reading = partial(self.clock.phase, "read")
         self.notes: list[str] = []
         self.steps = 0  # of the progress, left in this block
@@ -123,7 +125,7 @@ class _Run:
         skeleton = self.job.skeleton
         with self.clock.phase("forward"):
             hidden = [
-                (skeleton.embed(ids[i : i + step]),) * width
+                (skeleton.embed(ids[i : i + step]).cpu(),) * width
                 for i, width in zip(starts, widths, strict=True)
             ]
         skeleton.empty()
@@ -173,7 +175,7 @@ class _Collector:
 
     def __init__(self, run: _Run, k: int, heads: int) -> None:
         self.run = run
-        self.sums = StatsCollector(k, heads, hold=run.job.hold, products=run.job.gram_dtype)
+        self.sums = StatsCollector(k, heads, hold=run.job.hold, sums=run.job.sums_of(k))
 
     def update(self, x: Any, drift_from: Any = None, stream: Any = None) -> None:
         with self.run.clock.phase("statistics"):
@@ -204,6 +206,7 @@ def _report(job: Job, run: _Run, tokens: Tokens | None, begin: float) -> RunRepo
         versions={name: version(name) for name in ("bitwright", "torch", "transformers", "numpy")},
         isa=ops.isa(),
         threads=job.threads,
+        device=devices.label(job.device),
         dtype=job.dtype,
         gram_dtype="" if tokens is None else job.gram_dtype,
         seconds={**run.clock.seconds, "total": time.perf_counter() - begin},
@@ -245,6 +248,7 @@ def quantize(
     work: Path | None = None,
     threads: int | None = None,
     dtype: ForwardDtype | None = None,
+    device: str | None = None,
     max_shard_size: int = export.MAX_SHARD_SIZE,
     memory: int | None = None,
     strict: bool = False,
@@ -258,13 +262,14 @@ def quantize(
     begin = time.perf_counter()
     export.check_destination(out, overwrite)
     recipe = _sized(recipe, calibration)
-    job = open_job(source, recipe, dtype=dtype, threads=threads)
+    job = open_job(source, recipe, dtype=dtype, threads=threads, device=device)
     folder = out.with_name(f"{out.name}.work") if work is None else work
     fresh = work is None and not folder.exists()
     with (
         limited(job.threads),
-        precision.products(job.dtype),
+        precision.products(job.dtype, job.device.type),
         _leaving_nothing(folder if fresh else None),
+        devices.guarded(job.device),
         Spool(folder) as spool,
     ):
         tokens = _tokens(job, calibration)
@@ -288,11 +293,11 @@ def quantize(
 @contextmanager
 def _leaving_nothing(folder: Path | None) -> Iterator[None]:
     """Input that cannot be used takes the work folder that it made along: nothing could go on
-    there. A full disk or an interruption leaves it."""
+    there. A full disk or GPU and an interruption leave it."""
     try:
         yield
     except (InputError, RefusedError) as error:
-        if folder is not None and not isinstance(error, DiskError):
+        if folder is not None and not isinstance(error, DiskError | DeviceError):
             shutil.rmtree(folder, ignore_errors=True)
         raise
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright import cgroup
+from bitwright.calib import device as devices
 from bitwright.calib.memory import trim
 from bitwright.estimate import Estimate
 from bitwright.files.checkpoint import without_weights
@@ -42,7 +43,8 @@ class Plan:
     """ram_bytes: peak resident memory, ram_base of it held already; ram: of each stage, block: of a
     block at each of its groups, beside that. disk_bytes: output and work folder together. parts:
     seconds by phase (clock.py). rerun: blocks run again for each group, because the parked
-    activations do not fit.
+    activations do not fit. device: what runs the forward and the sums, device_bytes: memory that
+    it takes there, 0 for the CPU.
     """
 
     rows: tuple[Row, ...]
@@ -57,6 +59,8 @@ class Plan:
     parts: Mapping[str, float]
     rerun: bool
     notes: tuple[str, ...]
+    device: str = "cpu"
+    device_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -104,12 +108,20 @@ def make_for(job: Job, memory: int | None = None, timed: bool = True) -> Plan:
     trim()
     base = resident_bytes()
     budget = int(SHARE * (free_bytes() + base)) if memory is None else memory
+    on_device = job.device.type != "cpu" and sizes.tokens > 0
     stages = sizes.stages(rerun=False)
-    rerun = bool(sizes.tokens) and base + max(stages.values()) + SLACK > budget
+    if on_device:
+        room = int(SHARE * devices.free_bytes(job.device))
+        rerun = sizes.on_device(rerun=False) > room
+    else:
+        rerun = bool(sizes.tokens) and base + max(stages.values()) + SLACK > budget
     if rerun:
         stages = sizes.stages(rerun=True)
     peak = base + max(stages.values()) + SLACK
+    there = sizes.on_device(rerun) if on_device else 0
     notes = list(job.notes())
+    if on_device and there > room:
+        notes.append(f"the plan needs {there >> 20} MB of the GPU, {room >> 20} MB may be taken")
     if rerun:
         notes.append("the parked activations do not fit: each block runs again for every group")
     if peak > budget:
@@ -129,6 +141,8 @@ def make_for(job: Job, memory: int | None = None, timed: bool = True) -> Plan:
         parts,
         rerun,
         tuple(notes),
+        devices.label(job.device),
+        there,
     )
 
 
@@ -139,13 +153,14 @@ def make(
     threads: int | None = None,
     dtype: Any = None,
     memory: int | None = None,
+    device: str | None = None,
 ) -> Plan:
     """The plan of quantizing a checkpoint folder, without reading a weight; `source` may be a
     config.json, or a folder with nothing else."""
     config = without_weights(Path(source))
     if config is None:
-        job = open_job(source, recipe, dtype=dtype, threads=threads)
+        job = open_job(source, recipe, dtype=dtype, threads=threads, device=device)
     else:
-        job = outline_job(config, recipe, dtype=dtype, threads=threads)
+        job = outline_job(config, recipe, dtype=dtype, threads=threads, device=device)
     with limited(job.threads):
         return make_for(job, memory)

@@ -20,9 +20,9 @@ MEASURED = ("seconds", "blocks", "peak_rss")  # differ from run to run
 @dataclass(frozen=True)
 class RunReport:
     """A finished run. linears: one Report each, in the order solved. seconds: by phase (clock.py),
-    blocks: the same of each block that this call has run. peak_rss: bytes. dtype, gram_dtype: of
-    the forward, and of the products in the Gram sums (ops.sums). evaluation: scores against the
-    original, once somebody has asked for them."""
+    blocks: the same of each block that this call has run. peak_rss: bytes. device: of the forward
+    and the sums; dtype, gram_dtype: of the forward, and of the products in the Gram sums
+    (ops.sums). evaluation: scores against the original, once somebody has asked for them."""
 
     base: str
     recipe: Recipe
@@ -35,6 +35,7 @@ class RunReport:
     versions: Mapping[str, str] = field(default_factory=dict)
     isa: str = ""
     threads: int = 0
+    device: str = ""
     dtype: str = ""
     gram_dtype: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)

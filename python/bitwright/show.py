@@ -188,6 +188,7 @@ def plan(to: Printer, p: Plan) -> None:
     rows = [
         ("peak memory", f"{size(p.ram_bytes)} ({size(p.ram_base)} held already; {stages})"),
         *([("memory of a block", block)] if block else []),
+        *([(f"memory of {p.device}", size(p.device_bytes))] if p.device_bytes else []),
         ("disk", f"{size(p.disk_bytes)} while it runs, {size(p.output_bytes)} in the end"),
         ("time", f"about {duration(p.seconds)} on this machine: {spent}"),
         ("calibration", f"{p.tokens} tokens" if p.tokens else "none: data-free"),
@@ -226,6 +227,7 @@ def report(to: Printer, done: RunReport, folder: Path, total: int) -> None:
             ("linears", methods + (f", {len(done.skipped)} in float" if done.skipped else "")),
             *([("effort", done.solver())] if done.solver() else []),
             ("bits per weight", f"{done.bits_per_weight:.3f}"),
+            *([("device", done.device)] if done.device not in ("", "cpu") else []),
             ("calibration", done.calibration),
             ("seconds", seconds),
             ("shares", _shares(done.shares())),

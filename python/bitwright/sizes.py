@@ -7,6 +7,9 @@
               one batch's working space and of solving
     write     the largest tensor twice, as read and as written; a matrix, its codes, its packed form
 
+Where the forward runs on a GPU, weights, parked activations and the sums while they are made lie
+there (`on_device`); the host holds hidden states, and the sums once they are to be solved.
+
 `calib.memory` counts activations. Sums and solving, for n x k matrices, in bytes per k^2 and per
 n k, P matrices H (v's KV heads; else 1):
 
@@ -90,6 +93,8 @@ class Sizes:
         }
         sources = {skeleton.sources[name] for name in skeleton.slots if name not in elsewhere}
         held = sum(math.prod(entries[source][0]) for source in sources) * self.item
+        if self.job.device.type != "cpu":
+            return max((entries[source][2] for source in sources), default=0) + self.stream
         converted = [entries[s][2] for s in sources if str(entries[s][1]) != self.job.dtype]
         return held + max(converted, default=0) + self.stream
 
@@ -104,6 +109,10 @@ class Sizes:
 
     def groups(self, rerun: bool) -> dict[str, int]:
         """A block at each of its groups, by the group's label."""
+        if self.job.device.type != "cpu":
+            largest = self.weights() // (2 if self.job.compare else 1)
+            solving = {group.label: self._solving(group) for group in self.job.arch.groups}
+            return {label: self.stream + largest + most for label, most in solving.items()}
         arch, tokens = self.job.arch, self.batch if rerun else self.tokens
         parked = parked_bytes(arch, self.shape, tokens, self.item)
         working = working_bytes(arch, self.shape, self.batch, self.item) + self._scores()
@@ -115,6 +124,19 @@ class Sizes:
             most = max(self._summing(group) + arriving, self._solving(group))
             found[group.label] = held + most
         return found
+
+    def on_device(self, rerun: bool) -> int:
+        """Of a GPU that runs the forward: a block where it holds most."""
+        arch, tokens = self.job.arch, self.batch if rerun else self.tokens
+        parked = parked_bytes(arch, self.shape, tokens, self.item)
+        working = working_bytes(arch, self.shape, self.batch, self.item) + self._scores()
+        held = [
+            int(self.streams * parked[group.linears[0].name])
+            + sum(self.sums(group))
+            + 4 * self.columns(group) ** 2
+            for group in arch.groups
+        ]
+        return self.weights() + working + max(held)
 
     def block(self, rerun: bool) -> int:
         return max(self.groups(rerun).values())

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright.errors import BitwrightError as BitwrightError
+from bitwright.errors import DeviceError as DeviceError
 from bitwright.errors import DiskError as DiskError
 from bitwright.errors import InputError as InputError
 from bitwright.errors import NumericalError as NumericalError

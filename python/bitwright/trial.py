@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from bitwright import ops
+from bitwright.calib import device as devices
 from bitwright.calib.skeleton import Skeleton
 from bitwright.calib.walk import first
 from bitwright.spec import F32, F64, Scheme, Stats
@@ -29,13 +30,15 @@ DISK = 16 << 20
 TILE = 64  # tokens of random answers, repeated
 
 
-def typical(work: Callable[[], Any]) -> float:
-    """Seconds of a run in the middle of a few, a first one apart."""
+def typical(work: Callable[[], Any], device: torch.device = devices.CPU) -> float:
+    """Seconds of a run in the middle of a few, a first one apart; on a device until it is done."""
     work()
+    devices.settle(device)
     spent, end = [], perf_counter() + PATIENCE
     while True:
         begin = perf_counter()
         work()
+        devices.settle(device)
         now = perf_counter()
         spent.append(now - begin)
         if now > end:
@@ -53,7 +56,8 @@ def _pretended(skeleton: Skeleton, i: int, linears: set[str]) -> Iterator[None]:
             if name in gone or name.rpartition(".")[0] in linears:
                 continue
             shape = slot.meta.shape
-            one = torch.ones((1,) * len(shape), dtype=slot.meta.dtype).expand(shape)
+            one = torch.ones((1,) * len(shape), dtype=slot.meta.dtype, device=skeleton.device)
+            one = one.expand(shape)
             one = one.contiguous() if len(shape) < 2 else one
             is_parameter = isinstance(slot.meta, nn.Parameter)
             slot.table[slot.key] = nn.Parameter(one, requires_grad=False) if is_parameter else one
@@ -75,7 +79,7 @@ def _answered(
             shape = (*x.shape[:-1], n)
             if shape not in ready:
                 tokens = x.numel() // x.shape[-1]
-                tile = torch.randn(TILE, n).to(x.dtype)
+                tile = torch.randn(TILE, n).to(x.device, x.dtype)
                 ready[shape] = tile.repeat(-(-tokens // TILE), 1)[:tokens].view(shape)
             return ready[shape]
 
@@ -97,7 +101,7 @@ def rest_of_block(
 ) -> tuple[dict[str, float], float]:
     """Block i on hidden states of that shape but for its linears: seconds until each of them (by
     name, with so many rows) is reached, and in all."""
-    block, hidden = skeleton.blocks[i], torch.randn(shape).to(skeleton.dtype)
+    block, hidden = skeleton.blocks[i], torch.randn(shape).to(skeleton.device, skeleton.dtype)
     reached: dict[str, float] = {}
     began = 0.0
     with _pretended(skeleton, i, {f"{skeleton.path(i)}.{name}" for name in rows}):
@@ -110,7 +114,7 @@ def rest_of_block(
                 began = perf_counter()
                 first(block(hidden, *call.args, **call.kwargs))
 
-            spent = typical(run)
+            spent = typical(run, skeleton.device)
     return {name: at - began for name, at in reached.items()}, spent
 
 

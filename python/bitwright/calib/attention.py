@@ -83,7 +83,8 @@ def mix(call: Call, x: torch.Tensor, every: int, most: int) -> torch.Tensor | No
         return None
     batch, heads, length, width = call.query.shape
     kv = call.key.shape[1]
-    at = torch.arange(every - 1, length, every) if length >= every else torch.arange(length)
+    first, step = (every - 1, every) if length >= every else (0, 1)
+    at = torch.arange(first, length, step, device=x.device)
     rows = heads // kv * len(at)
     mixed = x.new_empty((kv, batch, rows, x.shape[-1]))
     for b in range(batch):  # a window at a time: scores are (heads, queries, L) in float32
@@ -102,7 +103,9 @@ def _shares(call: Call, b: int, at: torch.Tensor, scores: torch.Tensor) -> torch
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
     if call.mask is None:
-        scores.masked_fill_(torch.arange(scores.shape[-1]) > at[:, None], -torch.inf)
+        scores.masked_fill_(
+            torch.arange(scores.shape[-1], device=at.device) > at[:, None], -torch.inf
+        )
     else:
         mask = call.mask[b if len(call.mask) > 1 else 0][:, at, : scores.shape[-1]]
         if mask.dtype == torch.bool:

@@ -22,6 +22,9 @@ head (`attention.mix`) where the solver asks for them (`mix`), of a fused projec
 the rows of q and k first; else, where v reads what q and k read, theirs serve again. KV heads are
 pooled where their matrices would take more memory than those of the block's widest input.
 
+On a GPU (`calib.device`) lie the weights and what is parked; hidden states between blocks come from
+host memory and go back there.
+
 One inference_mode around the hub and none inside: it belongs to the thread, and all greenlets
 share one. Whatever ends a run early (an error, Ctrl-C) is thrown into every parked greenlet and
 unwinds it.
@@ -212,7 +215,7 @@ class _Run:
         outputs = []
         while self.batches:
             arrivals = [self._advance(stream).x for stream in reversed(self.batches[0])]
-            outputs.append(tuple(reversed(arrivals)))
+            outputs.append(tuple(x.cpu() for x in reversed(arrivals)))
             del self.batches[0]
         trim()
         return outputs
@@ -253,8 +256,10 @@ class _Run:
             return int(cut.args[0])
 
     def _forward(self, stream: Stream) -> int:
-        call = self.capture.skeleton.call(self.i, stream.hidden)
-        out = first(self.block(stream.hidden, *call.args, **call.kwargs))
+        skeleton = self.capture.skeleton
+        call = skeleton.call(self.i, stream.hidden)
+        hidden = stream.hidden.to(skeleton.device)
+        out = first(self.block(hidden, *call.args, **call.kwargs))
         if stream.waiting is not None:
             raise NotAView
         stream.arrived = Arrival(out)

@@ -180,6 +180,14 @@ def make_buffers_real(model: PreTrainedModel) -> None:
                 )
 
 
+def move_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Put the buffers that no checkpoint carries on a device."""
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
 def _sentinel(dtype: torch.dtype) -> float:
     if dtype.is_floating_point:
         return float("nan")

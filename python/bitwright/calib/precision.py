@@ -3,7 +3,8 @@
 torch's own choice goes through a library that is slow on some processors (measured, one core: 91
 GFLOP/s, with "medium" 225). "medium" also allows bf16 products, which other processors then use; so
 x W^T is compared with float64 first, and where an element is off by more than 1e-6 of |x| |W|^T
-(float32 sums: about 1e-7, bf16 products: about 1e-4) the setting stays as it was.
+(float32 sums: about 1e-7, bf16 products: about 1e-4) the setting stays as it was. On a GPU "medium"
+and "high" mean TF32, and float32 stays float32: "highest".
 """
 
 from __future__ import annotations
@@ -28,16 +29,20 @@ def _error() -> float:
 
 
 @cache
-def choice(dtype: str) -> str | None:
-    """The setting for a forward in `dtype`: "medium", or None where torch's own stays."""
+def choice(dtype: str, device: str = "cpu") -> str | None:
+    """The setting for a forward in `dtype`: "medium", or None where torch's own stays; on a GPU
+    "highest"."""
+    if device != "cpu":
+        return "highest"
     if dtype != "float32":
         return None
-    with _setting("medium"):
+    with setting("medium"):
         return "medium" if _error() <= LIMIT else None
 
 
 @contextmanager
-def _setting(name: str) -> Iterator[None]:
+def setting(name: str) -> Iterator[None]:
+    """torch's float32 products inside, as they were set afterwards."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
     try:
@@ -47,7 +52,7 @@ def _setting(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def products(dtype: str) -> Iterator[None]:
+def products(dtype: str, device: str = "cpu") -> Iterator[None]:
     """The chosen setting inside, the one before afterwards."""
-    with _setting(choice(dtype) or torch.get_float32_matmul_precision()):
+    with setting(choice(dtype, device) or torch.get_float32_matmul_precision()):
         yield

@@ -27,6 +27,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from bitwright.calib import attention as door
+from bitwright.calib import device as devices
 from bitwright.calib import hollow
 from bitwright.calib.walk import BlockCall, Walk, first, same
 from bitwright.spec import InputError, RefusedError
@@ -35,10 +36,13 @@ ForwardDtype = Literal["float32", "bfloat16"]
 Read = Callable[[str], npt.NDArray[Any]]
 
 
-def forward_dtype() -> ForwardDtype:
-    """bfloat16 where the CPU multiplies it faster than float32, by maker and instruction set: with
-    AMX-BF16, or with AVX512-BF16 on another's than Intel's, whose pairs of bf16 run at half the
-    rate of float32 multiply-adds (torch's linear at 146 GFLOP/s against 238 on Sapphire Rapids)."""
+def forward_dtype(device: torch.device = devices.CPU) -> ForwardDtype:
+    """bfloat16 where the device multiplies it faster than float32, of a CPU by maker and
+    instruction set: with AMX-BF16, or with AVX512-BF16 on another's than Intel's, whose pairs of
+    bf16 run at half the rate of float32 multiply-adds (torch's linear at 146 GFLOP/s against 238 on
+    Sapphire Rapids)."""
+    if device.type != "cpu":
+        return "bfloat16" if devices.multiplies_bf16(device) else "float32"
     flags: set[str] = set()
     maker = ""
     with suppress(OSError):
@@ -85,7 +89,8 @@ class Skeleton:
     folder: where config.json lies, or a config. read: dense name -> float array. names: the dense
     names there are (None: as the model spells them); given as a mapping to shapes (or things with a
     shape), these are checked here, otherwise when tensors are read. InputError names the tensor
-    that is missing or misshapen, what was wanted and what came.
+    that is missing or misshapen, what was wanted and what came. device: where weights are put and
+    blocks run.
     """
 
     def __init__(
@@ -95,12 +100,15 @@ class Skeleton:
         names: Iterable[str] | None,
         dtype: ForwardDtype = "float32",
         attention: str = door.NAME,
+        device: torch.device = devices.CPU,
     ) -> None:
         door.register()
         self._read = read
+        self.device = device
         self.forward = dtype
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.model = hollow.build(hollow.read_config(folder), self.dtype, attention)
+        hollow.move_buffers(self.model, device)
         self.block_path, self.blocks = hollow.find_blocks(self.model)
         self.count = len(self.blocks)
         self.slots = hollow.find_slots(self.model)
@@ -144,7 +152,7 @@ class Skeleton:
         """Use `tensor` as the weight `name`, in the dtype of the forward, until it is emptied."""
         slot = self.slots[name]
         hollow.check_shape(name, slot.meta.shape, tensor.shape)
-        tensor = tensor.to(slot.meta.dtype).contiguous()
+        tensor = tensor.to(self.device, slot.meta.dtype).contiguous()
         is_parameter = isinstance(slot.meta, nn.Parameter)
         slot.table[slot.key] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
 
@@ -165,7 +173,8 @@ class Skeleton:
         self._fill_outside(leave=self.head)
         tokens = torch.as_tensor(ids)
         try:
-            walk = self._walk(None, input_ids=tokens)
+            self._look_at(tokens)
+            walk = self._walk(None, input_ids=tokens.to(self.device))
         except IndexError as error:
             config = self.model.config.get_text_config()
             raise InputError(
@@ -180,7 +189,7 @@ class Skeleton:
     def forward_block(self, i: int, hidden: torch.Tensor) -> torch.Tensor:
         """Block i, which must be filled, on hidden states (B, L, h)."""
         call = self.call(i, hidden)
-        return first(self.blocks[i](hidden, *call.args, **call.kwargs))
+        return first(self.blocks[i](hidden.to(self.device), *call.args, **call.kwargs))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -190,6 +199,7 @@ class Skeleton:
         blocks, except untied input embeddings, and leaves it filled."""
         self._fill_outside(leave=self.embeddings)
         width = self.slots[f"{self.embeddings}.weight"].meta.shape[1]
+        hidden = hidden.to(self.device)
         blank = hidden.new_zeros((*hidden.shape[:2], width))
         return self._walk(hidden.contiguous(), inputs_embeds=blank).logits
 
@@ -217,6 +227,14 @@ class Skeleton:
         if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
             raise InputError(f"[skeleton] wanted finite weights, got NaN or infinity in {source}")
         return tensor
+
+    def _look_at(self, tokens: torch.Tensor) -> None:
+        """IndexError for ids that no table has: on a GPU looking them up would end the process."""
+        rows = self.slots[f"{self.embeddings}.weight"].meta.shape[0]
+        longest = longest_window(self) or tokens.shape[1]
+        outside = bool(((tokens < 0) | (tokens >= rows)).any()) or tokens.shape[1] > longest
+        if self.device.type != "cpu" and outside:
+            raise IndexError
 
     def _fill_outside(self, leave: str) -> None:
         """Fill what lies in no block and not in the module `leave`."""
