@@ -212,6 +212,7 @@ def _report(job: Job, run: _Run, tokens: Tokens | None, begin: float) -> RunRepo
         seconds={**run.clock.seconds, "total": time.perf_counter() - begin},
         blocks=tuple(run.clock.blocks),
         peak_rss=plan.resident_bytes(peak=True),
+        peak_device=devices.peak_bytes(job.device),
     )
 
 
@@ -273,6 +274,7 @@ def quantize(
         Spool(folder) as spool,
     ):
         tokens = _tokens(job, calibration)
+        devices.peak_bytes(job.device, forget=True)
         run = _Run(job, spool, progress, plan.make_for(job, memory, timed=False).rerun)
         with run.clock.phase("read"):
             spool.start(fingerprint(job, None if tokens is None else tokens.ids))

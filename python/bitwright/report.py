@@ -14,15 +14,16 @@ from typing import Any
 from bitwright import clock
 from bitwright.spec import InputError, NumericalError, Override, Recipe, Report
 
-MEASURED = ("seconds", "blocks", "peak_rss")  # differ from run to run
+MEASURED = ("seconds", "blocks", "peak_rss", "peak_device")  # differ from run to run
 
 
 @dataclass(frozen=True)
 class RunReport:
     """A finished run. linears: one Report each, in the order solved. seconds: by phase (clock.py),
-    blocks: the same of each block that this call has run. peak_rss: bytes. device: of the forward
-    and the sums; dtype, gram_dtype: of the forward, and of the products in the Gram sums
-    (ops.sums). evaluation: scores against the original, once somebody has asked for them."""
+    blocks: the same of each block that this call has run. peak_rss, peak_device: bytes, of the
+    process and of what lies on a GPU. device: of the forward and the sums; dtype, gram_dtype: of
+    the forward, and of the products in the Gram sums (ops.sums). evaluation: scores against the
+    original, once somebody has asked for them."""
 
     base: str
     recipe: Recipe
@@ -41,6 +42,7 @@ class RunReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     blocks: tuple[Mapping[str, float], ...] = ()
     peak_rss: int = 0
+    peak_device: int = 0
     evaluation: Mapping[str, Any] = field(default_factory=dict)
 
     @property

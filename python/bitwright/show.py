@@ -217,6 +217,10 @@ def profile(to: Printer, done: RunReport) -> None:
     to.line()
 
 
+def _device(done: RunReport) -> str:
+    return f"{done.device} ({size(done.peak_device)} at most)"
+
+
 def report(to: Printer, done: RunReport, folder: Path, total: int) -> None:
     """What `bitwright quantize` says in the end, but for the load line."""
     methods = ", ".join(f"{count} x {method}" for method, count in done.methods().items())
@@ -227,7 +231,7 @@ def report(to: Printer, done: RunReport, folder: Path, total: int) -> None:
             ("linears", methods + (f", {len(done.skipped)} in float" if done.skipped else "")),
             *([("effort", done.solver())] if done.solver() else []),
             ("bits per weight", f"{done.bits_per_weight:.3f}"),
-            *([("device", done.device)] if done.device not in ("", "cpu") else []),
+            *([("device", _device(done))] if done.device not in ("", "cpu") else []),
             ("calibration", done.calibration),
             ("seconds", seconds),
             ("shares", _shares(done.shares())),

@@ -38,6 +38,7 @@ from bitwright.recipe import solver_of, solver_options
 from bitwright.spec import Group
 
 CHUNK = 512  # tokens that the sums take at a time
+WORKSPACE = 64 << 20  # of a GPU's libraries: cuBLAS takes 32 MiB on Hopper
 
 
 class Sizes:
@@ -136,7 +137,7 @@ class Sizes:
             + 4 * self.columns(group) ** 2
             for group in arch.groups
         ]
-        return self.weights() + working + max(held)
+        return self.weights() + working + max(held) + WORKSPACE
 
     def block(self, rerun: bool) -> int:
         return max(self.groups(rerun).values())

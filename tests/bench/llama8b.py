@@ -54,8 +54,8 @@ PLANNED = """
 import json, sys
 from bitwright import plan, recipe
 source, wishes, memory = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-dtype = wishes.pop("dtype", None)
-made = plan.make(source, recipe.from_dict(wishes), dtype=dtype, memory=memory or None)
+place = {key: wishes.pop(key, None) for key in ("dtype", "device")}
+made = plan.make(source, recipe.from_dict(wishes), memory=memory or None, **place)
 print(json.dumps(made.to_dict()))
 """
 RUN = """
@@ -105,21 +105,25 @@ def in_process(code: str, *arguments: object) -> dict[str, Any]:
     return found
 
 
-def told(name: str, seconds: dict[str, float], total: float, peak: int) -> str:
+def told(name: str, seconds: dict[str, float], total: float, peak: int, there: int) -> str:
     spent = ", ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
-    return f"{name:9} {total:7.0f} s  {peak / 1e9:6.2f} GB  {spent}"
+    on_device = f"  {there / 1e9:6.2f} GB on the GPU" if there else ""
+    return f"{name:9} {total:7.0f} s  {peak / 1e9:6.2f} GB{on_device}  {spent}"
 
 
 def run(folder: Path, wishes: dict[str, Any], memory: int) -> None:
     """The plan and the run, one under the other."""
     plan = in_process(PLANNED, folder, json.dumps(wishes), memory)
     print(json.dumps(wishes), "again for each group" if plan["rerun"] else "parked")
-    print(told("planned", plan["parts"], plan["seconds"], plan["ram_bytes"]), flush=True)
+    print(
+        told("planned", plan["parts"], plan["seconds"], plan["ram_bytes"], plan["device_bytes"]),
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(dir=folder.parent) as out:
         report = in_process(RUN, folder, json.dumps(wishes), memory, f"{out}/quantized")
     seconds = dict(report["seconds"])
     total = seconds.pop("total")
-    print(told("measured", seconds, total, report["peak_rss"]))
+    print(told("measured", seconds, total, report["peak_rss"], report["peak_device"]))
     ratios = (total / plan["seconds"], report["peak_rss"] / plan["ram_bytes"])
     print("measured / planned: time {:.2f}, memory {:.2f}".format(*ratios), flush=True)
 
@@ -131,7 +135,10 @@ def plan_whole(wishes: dict[str, Any], memory: int) -> None:
         path.write_text(json.dumps(config(BLOCKS, VOCABULARY)))
         plan = in_process(PLANNED, path, json.dumps(wishes), memory)
     print(json.dumps(wishes), "again for each group" if plan["rerun"] else "parked")
-    print(told("planned", plan["parts"], plan["seconds"], plan["ram_bytes"]), flush=True)
+    print(
+        told("planned", plan["parts"], plan["seconds"], plan["ram_bytes"], plan["device_bytes"]),
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -145,13 +152,14 @@ def main() -> None:
     parser.add_argument("--efforts", nargs="+", default=["fast", "default"])
     parser.add_argument("--memory", type=float, default=0.0, help="GB; 0: 80 %% of what is free")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the forward")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="of forward and sums")
     a = parser.parse_args()
     if a.what == "make":
         return make(a.folder, a.blocks, a.vocabulary)
     for effort in a.efforts:
         samples = a.samples or (16 if a.what == "run" else 128)
         wishes: dict[str, Any] = {"effort": effort, "samples": samples, "length": a.length}
-        wishes |= {"dtype": a.dtype} if a.dtype else {}
+        wishes |= {k: v for k in ("dtype", "device") if (v := getattr(a, k))}
         memory = int(a.memory * 1e9)
         run(a.folder, wishes, memory) if a.what == "run" else plan_whole(wishes, memory)
     return None

@@ -82,6 +82,16 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
+def peak_bytes(device: torch.device, forget: bool = False) -> int:
+    """The most that tensors have held on a card at a time, 0 on the CPU; forget: counted anew."""
+    if device.type == "cpu":
+        return 0
+    most: int = torch.cuda.max_memory_allocated(device)
+    if forget:
+        torch.cuda.reset_peak_memory_stats(device)
+    return most
+
+
 class DeviceSums:
     """`calib.sums.Sums` in torch. bfloat16: bf16 inputs are multiplied as such (see above)."""
 
