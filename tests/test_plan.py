@@ -156,6 +156,7 @@ def test_a_block_of_any_architecture(tmp_path):
         (128, {"effort": "max"}, 16),
         (128, {"scheme": "int2-g64-asym"}, 16),
         (128, {"scheme": "int2-g64-asym", "options": {"compare": 2}}, 8),
+        (128, {"options": {"compare": 1.5}}, 11),
         (128, {"effort": "fast"}, 0),
         (128, {"scheme": "int2-g64-asym", "effort": "fast"}, 0),
         (128, {"options": {"alpha": 0.0}}, 0),

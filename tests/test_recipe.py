@@ -115,7 +115,8 @@ WRONG_OPTIONS = [
     ({"alpha": 2.0}, 'alpha must be 0 to 1 or "auto", got 2.0'),
     ({"alpha": "most"}, "got 'most'"),
     ({"attention": -1}, "attention must be a whole number from 0 on, got -1"),
-    ({"compare": 0.5}, "compare must be a whole number from 0 on, got 0.5"),
+    ({"compare": 0.5}, "compare must be 0 or a number from 1 on, got 0.5"),
+    ({"compare": "all"}, "compare must be 0 or a number from 1 on, got 'all'"),
     ({"damping": -0.1}, "damping must be a number from 0 on, got -0.1"),
 ]
 

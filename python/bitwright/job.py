@@ -8,6 +8,7 @@ hold.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,10 +55,10 @@ class Job:
         """The float model runs alongside so many of the batches, evenly spread."""
         options = recipes.solver_options(self.recipe)
         wanted = options.get("alpha") or options.get("residual")
-        every = int(options.get("compare", 0)) if wanted else 0
+        every = float(options.get("compare", 0)) if wanted else 0.0
         batches = -(-self.recipe.samples // self.batch)
         least = -(-COMPARED_TOKENS // (self.batch * self.recipe.length))
-        return min(batches, max(-(-batches // every), least)) if every > 0 else 0
+        return min(batches, max(math.ceil(batches / every), least)) if every > 0 else 0
 
     @property
     def hold(self) -> bool:

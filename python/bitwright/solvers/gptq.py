@@ -22,9 +22,10 @@ int2-g64-asym .767 / .803 and .649 / .690; half of it overshoots at 4 bits (.065
 
 Blocks of rows may have an H (and C) each: v's KV heads, under their attention-mixed inputs. How the
 statistics are taken: `attention` n, v's inputs mixed by every n-th query, 0: plain; `compare` n,
-the float model runs alongside every n-th batch, though at least 32768 tokens, 0: not at all (nor
-where alpha is 0 and residual is not given). `gram_dtype`: what bfloat16 inputs are multiplied in,
-"float32" or "bfloat16", by the machine's own product of pairs; "auto": the latter where it has one.
+the float model runs alongside every n-th batch (1.5: two of three), though at least 32768 tokens,
+0: not at all (nor where alpha is 0 and residual is not given). `gram_dtype`: what bfloat16 inputs
+are multiplied in, "float32" or "bfloat16", by the machine's own product of pairs; "auto": the
+latter where it has one.
 
 Scales. "feedback" (6.3): for each row and group the candidate with the least loss after the group's
 own feedback, 25 scales around the range of the group's targets, zero points z0 and beside it. Of
@@ -112,10 +113,12 @@ def check(options: Mapping[str, Any]) -> None:
     if not isinstance(pattern, str) or set(pattern) - {"c", "l"}:
         raise InputError(f"[gptq] refine must consist of c and l, got {pattern!r}")
     share_of_drift(options.get("alpha", ALPHA))
-    for name in ("attention", "compare"):
-        value = options.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise InputError(f"[gptq] {name} must be a whole number from 0 on, got {value!r}")
+    value = options.get("attention", 0)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InputError(f"[gptq] attention must be a whole number from 0 on, got {value!r}")
+    value = options.get("compare", 0)
+    if isinstance(value, bool | str) or not (value == 0 or 1 <= value < math.inf):
+        raise InputError(f"[gptq] compare must be 0 or a number from 1 on, got {value!r}")
     for name, most in (("damping", math.inf), ("residual", 1.0)):
         value = options.get(name) or 0.0
         if isinstance(value, str) or not 0.0 <= value <= most or value == math.inf:
@@ -265,7 +268,7 @@ def solve(
     alpha: float | str = ALPHA,
     residual: float | None = None,
     attention: int = 0,  # noqa: ARG001  the statistics were taken with these three
-    compare: int = 0,  # noqa: ARG001
+    compare: float = 0,  # noqa: ARG001
     gram_dtype: str = "auto",  # noqa: ARG001
     negative: bool = False,
     whole: F32 | None = None,
