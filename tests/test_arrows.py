@@ -15,7 +15,8 @@ TORCH = {"calib", "hf", "pipeline", "module", "evaluate", "plan", "estimate", "t
 # room -> rooms it may import; a room is a module or a package directly under bitwright.
 ARROWS = {
     "errors": set(),
-    "spec": {"errors"},
+    "structure": set(),
+    "spec": {"errors", "structure"},
     "registry": set(),
     "progress": set(),
     "deferred": set(),
