@@ -42,7 +42,8 @@ ARROWS = {
     "export": {"spec", "ops", "files", "progress"},
     "job": RESULT | {"calib"},
     "fingerprint": {"ops", "calib", "job"},
-    "solving": {"spec", "ops", "registry", "recipe", "solvers", "transforms", "job", "spool"},
+    "solving": {"spec", "ops", "registry", "recipe", "hessian", "solvers", "transforms"}
+    | {"job", "spool"},
     "bench": {"spec", "ops", "schemes", "solvers", "progress", "deferred", "show"}
     | {"files", "papers"},
     "sizes": {"spec", "recipe", "calib", "job"},

@@ -23,10 +23,11 @@ from bitwright import archs, ops, registry
 from bitwright import recipe as recipes
 from bitwright.calib import device as devices
 from bitwright.calib.discover import discover
+from bitwright.calib.heads import heads_of
 from bitwright.calib.skeleton import ForwardDtype, Skeleton, forward_dtype, longest_window
 from bitwright.calib.sums import CoreSums, Sums
 from bitwright.files.checkpoint import Checkpoint, Outline
-from bitwright.spec import F32, Arch, Group, InputError, Linear, Recipe, RefusedError, Target
+from bitwright.spec import F32, Arch, Group, Heads, InputError, Linear, Recipe, RefusedError, Target
 
 COMPARED_TOKENS = 32768  # at 2 bits, KL with 8192 instead of 16384: .83 against .76
 TOKENS_PER_BATCH = 4096  # of one forward call: activations of a block stay in the megabytes
@@ -90,6 +91,11 @@ class Job:
         dtype = ops.BFLOAT16 if self.dtype == "bfloat16" else np.dtype(np.float32)
         return ops.products_of(dtype, None if wish == "auto" else wish)
 
+    def heads(self, block: int) -> Heads | None:
+        """The heads of a block, where rows of q and k can be solved together."""
+        found = heads_of(self.skeleton, block, self.arch, self.recipe.length)
+        return found if isinstance(found, Heads) else None
+
     def sums_of(self, k: int) -> Sums:
         """Who adds up what arrives at a linear of k columns."""
         if self.device.type == "cpu":
@@ -117,7 +123,12 @@ class Job:
 
     def notes(self) -> tuple[str, ...]:
         """What a user must know: of the format's readers, and of what stays in float."""
-        kept = tuple(f"kept in float, no linear: {name}" for name in self.unreached)
+        kept = [f"kept in float, no linear: {name}" for name in self.unreached]
+        if self.recipe.method != "rtn" and recipes.solver_options(self.recipe).get("coupled"):
+            why = heads_of(self.skeleton, 0, self.arch, self.recipe.length)
+            kept += (
+                [f"rows of q and k are solved one by one: {why}"] if isinstance(why, str) else []
+            )
         return (*kept, *self.format.notes(tuple(self.targets.values())))
 
     def weight(self, target: Target) -> F32:

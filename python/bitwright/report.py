@@ -75,6 +75,9 @@ class RunReport:
             parts.append(f"refinement left {100 * sum(refined) / len(refined):.0f} % of the error")
         if mixed:
             parts.append(f"{mixed} with attention-mixed inputs")
+        coupled = sum(linear.coupled for linear in self.linears)
+        if coupled:
+            parts.append(f"{coupled} with rows of q and k coupled")
         if alphas:
             parts.append(
                 f"{len(alphas)} corrected for drift, alpha {sum(alphas) / len(alphas):.2g}"

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from bitwright import ops, registry
+from bitwright.hessian.heads import metrics
 from bitwright.job import Job
 from bitwright.recipe import solver_of, solver_options
 from bitwright.solvers import rtn
-from bitwright.spec import F32, Group, InputError, QTensor, Report, Scheme, Stats, Target
+from bitwright.spec import F32, F64, Group, InputError, QTensor, Report, Scheme, Stats, Target
 from bitwright.spool import Finished, Spool
 from bitwright.transforms import awq, fold
 
@@ -26,6 +27,7 @@ CLIP_SKIPS = (
     "attn.q",
     "attn.k",
 )  # AWQ: rows that attention multiplies with each other keep their range
+PARTNERS = {"attn.q": "attn.k", "attn.k": "attn.q"}
 
 
 class BlockSolver:
@@ -163,11 +165,25 @@ class BlockSolver:
             options["last"] = self._is_last(group, target)
         if rows is not None:
             options["whole"], scaled = scaled, np.ascontiguousarray(scaled[slice(*rows)])
+        if options.get("coupled") and rows is None and stats is not None:
+            options["metric"] = self._metric(group, target, stats)
         q, report = solver.solve(scaled, inner, scheme, prepared=prepared, **options)
         if scales is not None and stats is not None:
             plainly = rtn.solve(W if rows is None else W[slice(*rows)], stats, scheme)[1]
             report = replace(report, error_rtn=plainly.error)
         return q, report if report.fallback else replace(report, method=method)
+
+    def _metric(self, group: Group, target: Target, stats: Stats) -> F64 | None:
+        """What attention multiplies the rows of q and k with; None for others."""
+        role = next((r for r in target.linear.roles if r in PARTNERS), None)
+        heads = self.job.heads(self.block)
+        if role is None or heads is None or stats.H is None:
+            return None
+        found = [x for x in group.linears if x.roles == (PARTNERS[role],)]
+        if len(found) != 1 or target.linear.roles != (role,):
+            return None
+        partner = self.job.weight(self.job.target(self.block, found[0]))
+        return metrics(heads, role, partner, stats.H)
 
     def _asked(self, target: Target, stats: Stats | None) -> tuple[Any, dict[str, Any]]:
         """The solver and its options for a target."""

@@ -27,6 +27,7 @@ from bitwright.errors import RefusedError as RefusedError
 from bitwright.errors import VerificationError as VerificationError
 from bitwright.structure import Arch as Arch
 from bitwright.structure import Group as Group
+from bitwright.structure import Heads as Heads
 from bitwright.structure import Linear as Linear
 
 F32 = npt.NDArray[np.float32]
@@ -287,11 +288,12 @@ class Report:
     damping: relative to the mean of H's diagonal; rung: steps climbed on the damping ladder.
     error_rtn, error: tr(E H E^T) / tr(W H W^T) of plain rounding and of the result (without
     calibration: H = I), E relative to the target that was solved for; error_swept: of GPTQ's
-    result before refinement. alpha: share of the drift in that target, None
-    where inputs were not compared; residual: of the residual stream's error, None where the outputs
-    are not added to it. heads: so many blocks of rows had an H of attention-mixed inputs
-    (tokens counts their rows), 0: one H of the inputs themselves. awq:
-    exponent of the column scales, None where they were not searched.
+    result before refinement, None where there was no such moment. alpha: share of the drift in that
+    target, None where inputs were not compared; residual: of the residual stream's error, None
+    where the outputs are not added to it. heads: so many blocks of rows had an H of attention-mixed
+    inputs (tokens counts their rows), 0: one H of the inputs themselves. coupled: rows of a head
+    were solved under what attention multiplies them with. awq: exponent of the column scales, None
+    where they were not searched.
     """
 
     name: str
@@ -311,6 +313,7 @@ class Report:
     alpha: float | None = None
     residual: float | None = None
     heads: int = 0
+    coupled: bool = False
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
 

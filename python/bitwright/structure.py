@@ -6,6 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -55,3 +58,18 @@ class Arch:
     head: str = "lm_head"
     declared: bool = True
     fused: tuple[str, str, str] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """The rows of q and of k, head below head: `queries` and `keys` heads of `width` rows, of which
+    attention multiplies one with the other once they are turned, row i of a head together with row
+    i + len(turns), by turns[i] radians a token (rotary positions, halves apart; 0: not turned).
+    reach: tokens in a window.
+    """
+
+    queries: int
+    keys: int
+    width: int
+    turns: npt.NDArray[np.float64]
+    reach: int

@@ -54,6 +54,7 @@ from typing import Any
 import numpy as np
 
 from bitwright import ops
+from bitwright.hessian import heads
 from bitwright.hessian.factored import Factored, factored
 from bitwright.hessian.target import (
     ALPHA,
@@ -77,11 +78,12 @@ from bitwright.spec import (
 NEEDS_H = True
 EFFORTS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"scales": "hessian", "refine": "", "alpha": 0.0, "residual": 0.0},
-    "default": {"alpha": ALPHA, "attention": 8, "compare": 2},
+    "default": {"alpha": ALPHA, "attention": 8, "compare": 2, "coupled": True},
     "max": {
         "alpha": ALPHA,
         "attention": 2,
         "compare": 1,
+        "coupled": True,
         "refine": "cccl" + "clc" * 6,
     },
 }
@@ -109,6 +111,8 @@ def check(options: Mapping[str, Any]) -> None:
         if value not in known:
             listed = f"{', '.join(known[:-1])} or {known[-1]}"
             raise InputError(f"[gptq] {name} must be {listed}, got {value!r}")
+    if not isinstance(options.get("coupled", False), bool):
+        raise InputError(f"[gptq] coupled must be true or false, got {options['coupled']!r}")
     pattern = options.get("refine", PATTERN)
     if not isinstance(pattern, str) or set(pattern) - {"c", "l"}:
         raise InputError(f"[gptq] refine must consist of c and l, got {pattern!r}")
@@ -161,16 +165,17 @@ class _Options:
     alpha: float | None  # None: chosen on held-out tokens
     negative: bool
     whole: F32  # the matrix whose range sets the scale of a tensor scheme
+    metric: F64 | None  # of the rows of each head
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """A solved block of rows; sizes are tr(. H .^T)."""
+    """A solved block of rows; sizes are tr(. H .^T). swept: None where rows were solved in turn."""
 
     q: QTensor
     size: float
     plain: float
-    swept: float
+    swept: float | None
     final: float
     alpha: float | None = None
 
@@ -242,13 +247,25 @@ def _solve_rows(
         return _Part(q, size, plain, rounded, rounded)
     target, alpha = (W, None) if drift is None else target_of(W, drift, p, o.alpha)
     drift = None
+    if o.metric is not None:
+        q = heads.coupled(target, o.metric, lambda rows: _rounded(rows, H, p, scheme, o)[0])
+        final = ops.quadratic(target - ops.decode(q), H)
+        return _Part(q, size, plain, None, final, alpha)
+    q, swept, final = _rounded(target, H, p, scheme, o)
+    return _Part(q, size, plain, swept, final, alpha)
+
+
+def _rounded(
+    target: F32, H: F64, p: Factored, scheme: Scheme, o: _Options
+) -> tuple[QTensor, float, float]:
+    """Rows swept and refined; their error after each."""
     q, loss = _sweep(target, H, p, scheme, o)
     swept = final = _error(target, q, loss, p, H)
     pattern = o.refine.replace("l", "") if scheme.group == -1 else o.refine
     if pattern:
         q, loss = ops.refine(target, H, q, p.added, p.dead, pattern=pattern)
         final = _error(target, q, loss, p, H)
-    return _Part(q, size, plain, swept, final, alpha)
+    return q, swept, final
 
 
 def _share(part: float, size: float) -> float:
@@ -273,10 +290,13 @@ def solve(
     negative: bool = False,
     whole: F32 | None = None,
     last: bool = False,
+    coupled: bool = False,
+    metric: F64 | None = None,
 ) -> tuple[QTensor, Report]:
     """W float32 (n, k) rounded with error feedback under stats.H: (k, k), or (B, k, k) for B equal
     blocks of rows. whole: the matrix of which W is a part, where it is. last: no other matrix asks
-    for the drift in `stats`, which goes as soon as it has served. Options: see above."""
+    for the drift in `stats`, which goes as soon as it has served. metric: (heads, d, d) for W of
+    heads of d rows, used where `coupled`. Options: see above."""
     H = _hessians(stats)
     if len(W) % len(H):
         raise InputError(f"[gptq] wanted rows for {len(H)} equal blocks, got {len(W)}")
@@ -286,7 +306,8 @@ def solve(
     wishes = {"scales": scales, "order": order, "refine": refine, "alpha": alpha}
     check({**wishes, "residual": residual})
     share = share_of_drift(alpha)
-    o = _Options(order, scales, refine, share, negative, W if whole is None else whole)
+    M = metric if coupled and len(H) == 1 else None
+    o = _Options(order, scales, refine, share, negative, W if whole is None else whole, M)
     pull = residual_of(residual, scheme.bits)
     drifts: list[Drifts | None] = [None] * len(H)
     if alpha or (pull and stats.D is not None):
@@ -302,6 +323,7 @@ def solve(
     report = _report(W.shape, parts, factors, stats, scheme)
     if report.alpha is not None and pulled:
         report = replace(report, residual=pull)
+    report = replace(report, coupled=M is not None and not report.fallback)
     return ops.stacked([part.q for part in parts]), report
 
 
@@ -313,7 +335,7 @@ def _report(
     scheme: Scheme,
 ) -> Report:
     alphas = [part.alpha for part in parts if part.alpha is not None]
-    size = sum(part.size for part in parts)
+    size, swept = sum(part.size for part in parts), [part.swept for part in parts]
     failures = [p.failure for p in factors if p.failure]
     k = shape[1]
     short = stats.tokens < k
@@ -325,7 +347,7 @@ def _report(
         bits_per_weight=scheme.bits_per_weight(shape[0], k),
         error_rtn=_share(sum(part.plain for part in parts), size),
         error=_share(sum(part.final for part in parts), size),
-        error_swept=_share(sum(part.swept for part in parts), size),
+        error_swept=None if None in swept else _share(sum(filter(None, swept)), size),
         tokens=stats.tokens,
         damping=max(p.damping for p in factors),
         rung=max(p.rung for p in factors),
