@@ -126,10 +126,6 @@ def guarded(command: Callable[..., None], models: bool = True) -> Callable[..., 
     return run
 
 
-def _recipe(file: Path | None, **wishes: Any) -> Recipe:
-    return recipes.merge(file, wishes)
-
-
 @app.command()
 @guarded
 def quantize(
@@ -159,17 +155,9 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint; the same command again resumes an interrupted run."""
     printer = show.Printer(json, quiet)
-    wish = _recipe(
-        recipe,
-        scheme=scheme,
-        method=method,
-        effort=effort,
-        format=format,
-        samples=samples,
-        length=length,
-        seed=seed,
-        chat=chat,
-    )
+    names = {"scheme": scheme, "method": method, "effort": effort, "format": format}
+    text = {"samples": samples, "length": length, "seed": seed, "chat": chat}
+    wish = recipes.merge(recipe, names | text)
     with show.Bars(quiet) as bars:
         report = module.quantize(
             src,
@@ -223,17 +211,9 @@ def plan_command(
 ) -> None:
     """Peak memory, disk, time, each linear's scheme, before anything runs; a config is enough."""
     printer = show.Printer(json, quiet)
-    wish = _recipe(
-        recipe,
-        scheme=scheme,
-        method=method,
-        effort=effort,
-        format=format,
-        samples=samples,
-        length=length,
-        seed=seed,
-        chat=chat,
-    )
+    names = {"scheme": scheme, "method": method, "effort": effort, "format": format}
+    text = {"samples": samples, "length": length, "seed": seed, "chat": chat}
+    wish = recipes.merge(recipe, names | text)
     if calibration is not None:
         data.require_file(calibration)
     made = plan.make(

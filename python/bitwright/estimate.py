@@ -9,7 +9,7 @@ statistics  `StatsCollector.update` of one input, and of two streams, at the rea
             COLUMNS; beyond, H fits no cache anyway and k^2 is left
 solve       the solver on a few rows: what a factor, an H and a row cost; k up to SOLVED as it
             is, beyond from half of that and that: a row is a k + b k^2, an H k^2, a factor k^3
-            (docs/solver.md 2)
+            (docs/solver.md 2); q and k in turns of as many rows as there are heads
 read save write   bytes, at the rates of a file written, synced and read back: the checkpoint,
             once for its fingerprint, once for the blocks, once for the solve; finished linears,
             and hidden states after each block; the result, written, read back and compared
@@ -36,6 +36,7 @@ from bitwright.transforms import awq
 PRODUCTS = 1e10  # multiply-adds of one measured product
 COLUMNS = 4096
 SOLVED = 2048
+PANEL = 16  # rows that a thread solves at a time
 ROUNDING = 40e-9  # seconds per weight and thread of plain rounding and what is around it
 
 
@@ -177,10 +178,21 @@ class Estimate:
                 matrices = self.sizes.matrices(group)
                 total += matrices * max((cost.factor for cost in costs), default=0.0)
                 total += sum(
-                    matrices * cost.once + target.shape[0] * cost.row
+                    matrices * cost.once + self._rows(block, target) * cost.row
                     for target, cost in zip(wanted, costs, strict=True)
                 )
         return total
+
+    def _rows(self, block: int, target: Target) -> int:
+        """Rows of a matrix; where those of its heads are solved in turn, a panel per thread and
+        turn at least."""
+        rows, heads = target.shape[0], self.job.heads(block)
+        count = {"attn.q": heads.queries, "attn.k": heads.keys} if heads else {}
+        role = target.linear.roles[0] if len(target.linear.roles) == 1 else ""
+        if role not in count or not solver_options(self.job.recipe).get("coupled"):
+            return rows
+        least = PANEL * self.job.threads
+        return -(-count[role] // least) * least * (rows // count[role])
 
     def _solved(self, group: Group, target: Target) -> trial.Solved:
         k, scheme = target.shape[1], target.scheme
