@@ -61,7 +61,6 @@ if TYPE_CHECKING:
     from bitwright import recipe as recipes
     from bitwright.calib import data
     from bitwright.files import checkpoint, hub
-    from bitwright.spec import Recipe
 else:
     conversion, demo, evaluate, inspection, module, papers, plan, show, recipes = (
         Deferred(f"bitwright.{name}")
