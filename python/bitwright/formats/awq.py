@@ -94,6 +94,9 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     return QTensor(codes, factors, zeros, wanted)
 
 
+stored = read
+
+
 def quantized(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:  # noqa: ARG001
     """Module paths of the quantized linears among these tensor names."""
     return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]

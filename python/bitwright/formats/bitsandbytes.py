@@ -146,6 +146,9 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     return QTensor(codes, scales, zeros, scheme(name, config, get))
 
 
+stored = read
+
+
 def quantized(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """Module paths of the quantized linears among these tensor names."""
     end = ".SCB" if _kind(config) == "int8" else f"{STATE}{_kind(config)}"

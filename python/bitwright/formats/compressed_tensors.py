@@ -225,6 +225,11 @@ def _matches(pattern: str, name: str) -> bool:
 
 def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     """The linear `name` of a checkpoint whose tensors `get` gives."""
+    return ops.unpacked(stored(name, get, config))
+
+
+def stored(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor | ops.QWords:
+    """The same, its codes packed as they are where they can be taken so."""
     settings = _settings(name, config)
     kind = "float" if settings is None else settings["format"]
     if settings is None or kind not in ("pack-quantized", *WHOLE_BYTES):
@@ -243,7 +248,7 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     if settings.get("actorder") == "group":
         expected[f"{name}.weight_g_idx"] = (np.dtype(np.int32), (k,))
     tensors = fetch(get, expected)
-    codes = ops.unpack(tensors[f"{name}.weight_packed"].view(np.uint32), wanted.bits, k)
+    packed = tensors[f"{name}.weight_packed"].view(np.uint32)
     scales = tensors[f"{name}.weight_scale"].astype(np.float32)
     if wanted.symmetric:
         zeros = np.full(scales.shape, 1 << (wanted.bits - 1), np.uint8)
@@ -252,7 +257,9 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
         zeros = np.ascontiguousarray(ops.unpack(words, wanted.bits, n).T)
     if f"{name}.weight_g_idx" in tensors:
         order = act_order(f"{name}.weight_g_idx", tensors[f"{name}.weight_g_idx"], wanted)
-    codes = codes if order is None else np.ascontiguousarray(codes[:, order])
+    if order is None:
+        return ops.QWords(packed, k, scales, zeros, wanted)
+    codes = np.ascontiguousarray(ops.unpack(packed, wanted.bits, k)[:, order])
     return QTensor(codes, scales, zeros, wanted, order=order)
 
 

@@ -70,9 +70,13 @@ class Dense:
 
     def quantized(self, module: str) -> QTensor:
         """The QTensor of a quantized module."""
+        return ops.unpacked(self.stored(module))
+
+    def stored(self, module: str) -> QTensor | ops.QWords:
+        """The same, its codes packed as they are where the format's reader gives them so."""
         if self.format is None:
             raise InputError(f"[dense] wanted {module} quantized, {self.checkpoint.path} is float")
-        q: QTensor = self.format.read(module, self.checkpoint.read, self.config)
+        q: QTensor | ops.QWords = self.format.stored(module, self.checkpoint.read, self.config)
         return q
 
     def read(self, name: str) -> npt.NDArray[Any]:

@@ -89,10 +89,10 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def of(
-        cls, q: QTensor, bias: torch.Tensor | None = None, mode: Mode = "fast",
+        cls, q: QTensor | ops.QWords, bias: torch.Tensor | None = None, mode: Mode = "fast",
         activations: Activations = "group",
     ) -> QuantLinear:  # fmt: skip
-        """The layer of a QTensor, packed."""
+        """The layer of a quantized matrix, packed."""
         n, k = q.shape
         with torch.device("meta"):
             layer = cls(
@@ -142,7 +142,7 @@ class QuantLinear(nn.Module):
         """Where PEFT looks for the device of a quantized layer."""
         return self.panels
 
-    def hold(self, q: QTensor) -> None:
+    def hold(self, q: QTensor | ops.QWords) -> None:
         """Take the weight q, in panels, and its side tensors as in the file."""
         shape = (self.out_features, self.in_features)
         if q.shape != shape or q.scheme.name != self.scheme.name:
@@ -174,7 +174,7 @@ class QuantLinear(nn.Module):
         """Pack what a loader has filled; `name` stands in messages."""
         found = {f"{name}.{key}": ops.as_numpy(self._buffers[key]) for key in self.layout()}
         config = {"scheme": self.scheme.name, "ordered": [name] if self.ordered else []}
-        self.hold(own.read(name, found.__getitem__, config))
+        self.hold(own.stored(name, found.__getitem__, config))
 
     def quantized(self) -> QTensor:
         """The weight as codes, scales and zero points."""

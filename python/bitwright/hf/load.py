@@ -125,7 +125,7 @@ def _replace(
             raise InputError(
                 f"[load] wanted linears quantized, got {path}, {type(module).__name__}"
             )
-        q = own.exact(home, view.quantized(home))
+        q = own.exact(home, view.stored(home))
         if q.shape != shape_of(module):
             raise InputError(
                 f"[load] wanted {home} of shape {shape_of(module)} as the config asks, got "

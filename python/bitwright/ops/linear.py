@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright import _core
-from bitwright.ops.arrays import BFLOAT16, core_grid, matrix, parts, zeros_out
+from bitwright.ops.arrays import BFLOAT16, core_grid, matrix, zeros_in, zeros_out
+from bitwright.ops.words import QWords
 from bitwright.spec import F32, U8, InputError, QTensor, RefusedError, Scheme
 
 PANEL_ROWS = 16
@@ -97,7 +98,9 @@ def _layout(scheme: Scheme, k: int) -> Any:
     )
 
 
-def pack_linear(q: QTensor, into: PackedMatrix | None = None, row: int = 0) -> PackedMatrix:
+def pack_linear(
+    q: QTensor | QWords, into: PackedMatrix | None = None, row: int = 0
+) -> PackedMatrix:
     """`q` in panels; or with `into`, its rows from `row` on, so that a matrix is packed a few rows
     at a time. row, and the rows of q unless they are the last, are multiples of 16."""
     if into is None:
@@ -112,9 +115,14 @@ def pack_linear(q: QTensor, into: PackedMatrix | None = None, row: int = 0) -> P
         )
     if q.scheme != into.scheme:
         raise InputError(f"[pack_linear] wanted rows in {into.scheme.name}, got {q.scheme.name}")
-    codes, scales, zeros, _ = parts("pack_linear", q)
+    scales = matrix("pack_linear", q.scales, np.float32)
+    zeros = zeros_in("pack_linear", q.zeros, q.scheme)
+    told = scales, zeros, q.scheme.bits, into.layout
     panels = into.panels[row // PANEL_ROWS : -(-end // PANEL_ROWS)]
-    _core.pack_linear(codes, scales, zeros, q.scheme.bits, into.layout, panels)
+    if isinstance(q, QWords):
+        _core.pack_linear_u32(matrix("pack_linear", q.words, np.uint32), *told, panels)
+    else:
+        _core.pack_linear(matrix("pack_linear", q.codes, np.uint8), *told, panels)
     return into
 
 
