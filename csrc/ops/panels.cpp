@@ -40,46 +40,76 @@ void set_levels(const std::vector<float>& levels, PanelLayout& layout) {
   }
 }
 
-// Scales and offsets as the words of a layout.
-struct Words {
-  static bool write(const PanelLayout& layout, float value, std::uint8_t* to) {
-    if (layout.scale == ScaleWords::kFloat32) {
-      std::memcpy(to, &value, 4);
-      return std::isfinite(value);
-    }
-    std::uint16_t word = to_bf16(value);
-    if (layout.scale == ScaleWords::kFp16) {
-      const float small = std::abs(value) * 0x1p-112F;
-      std::uint32_t bits;
-      std::memcpy(&bits, &small, 4);
-      word = static_cast<std::uint16_t>((bits >> 13) | (std::signbit(value) ? 0x8000U : 0U));
-    }
-    std::memcpy(to, &word, 2);
-    return std::isfinite(value) && read(layout, to) == value;
-  }
-  static float read(const PanelLayout& layout, const std::uint8_t* from) {
-    std::uint32_t bits = 0;
-    std::memcpy(&bits, from, static_cast<std::size_t>(word_bytes(layout)));
-    if (layout.scale == ScaleWords::kFloat32) return as_float(bits);
-    const std::uint16_t word = static_cast<std::uint16_t>(bits);
-    return layout.scale == ScaleWords::kBf16 ? from_bf16(word) : from_fp16(word);
-  }
-  static const char* name(const PanelLayout& layout) {
-    if (layout.scale == ScaleWords::kFloat32) return "finite";
-    return layout.scale == ScaleWords::kBf16 ? "bf16 numbers" : "fp16 numbers";
-  }
-};
+float read_word(const PanelLayout& layout, const std::uint8_t* from) {
+  std::uint32_t bits = 0;
+  std::memcpy(&bits, from, static_cast<std::size_t>(word_bytes(layout)));
+  if (layout.scale == ScaleWords::kFloat32) return as_float(bits);
+  const std::uint16_t word = static_cast<std::uint16_t>(bits);
+  return layout.scale == ScaleWords::kBf16 ? from_bf16(word) : from_fp16(word);
+}
 
-void write_zero(const PanelLayout& layout, float zero, Index cell, std::uint8_t* panel) {
-  if (layout.zeros == Zeros::kMiddle) {
-    require(zero == layout.middle, "[pack_linear] zeros must all be ", layout.middle,
-            " in a symmetric scheme, got ", zero);
-  } else if (layout.zeros == Zeros::kOffsets) {
-    require(Words::write(layout, zero, panel + layout.zeros_at + cell * word_bytes(layout)),
-            "[pack_linear] zeros must be ", Words::name(layout), " as offsets, got ", zero);
+// A value as a word; whether the word is the value, and finite.
+template <ScaleWords kWords>
+bool write_word(float value, std::uint8_t* to) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const bool finite = (bits & 0x7F800000U) != 0x7F800000U;
+  if constexpr (kWords == ScaleWords::kFloat32) {
+    std::memcpy(to, &bits, 4);
+    return finite;
+  } else if constexpr (kWords == ScaleWords::kBf16) {
+    const std::uint16_t word = static_cast<std::uint16_t>(bits >> 16);
+    std::memcpy(to, &word, 2);
+    return finite & ((bits & 0xFFFFU) == 0);
   } else {
-    panel[layout.zeros_at + cell] = static_cast<std::uint8_t>(zero);
-    require(zero >= 0.0F && zero <= 255.0F && static_cast<float>(std::uint8_t(zero)) == zero,
+    const float small = std::abs(value) * 0x1p-112F;
+    std::memcpy(&bits, &small, 4);
+    const std::uint16_t word =
+        static_cast<std::uint16_t>((bits >> 13) | (std::signbit(value) ? 0x8000U : 0U));
+    std::memcpy(to, &word, 2);
+    return finite & (from_fp16(word) == value);
+  }
+}
+
+// Scales or offsets of row `row` as every 16th word; what: what they are, for the sentence.
+template <ScaleWords kWords>
+void put_words(const char* what, In<float> values, Index row, std::uint8_t* to) {
+  constexpr Index kBytes = kWords == ScaleWords::kFloat32 ? 4 : 2;
+  constexpr const char* kNames[] = {"finite", "bf16 numbers", "fp16 numbers"};
+  const float* from = values.data() + row * values.outerStride();
+  bool good = true;
+  for (Index g = 0; g < values.cols(); ++g)
+    good &= write_word<kWords>(from[g], to + g * kPanelRows * kBytes);
+  for (Index g = 0; !good && g < values.cols(); ++g)
+    require(write_word<kWords>(from[g], to), "[pack_linear] ", what, " must be ",
+            kNames[static_cast<int>(kWords)], ", got ", from[g], " at (", row, ", ", g, ")");
+}
+
+void put_words(const char* what, const PanelLayout& layout, In<float> values, Index row,
+               std::uint8_t* to) {
+  if (layout.scale == ScaleWords::kFloat32)
+    put_words<ScaleWords::kFloat32>(what, values, row, to);
+  else if (layout.scale == ScaleWords::kBf16)
+    put_words<ScaleWords::kBf16>(what, values, row, to);
+  else
+    put_words<ScaleWords::kFp16>(what, values, row, to);
+}
+
+void put_zeros(const PanelLayout& layout, In<float> zeros, Index row, std::uint8_t* to) {
+  const float* from = zeros.data() + row * zeros.outerStride();
+  const bool bytes = layout.zeros == Zeros::kBytes;
+  bool good = true;
+  for (Index g = 0; !bytes && g < zeros.cols(); ++g) good &= from[g] == layout.middle;
+  for (Index g = 0; bytes && g < zeros.cols(); ++g) {
+    const float zero = std::min(std::max(0.0F, from[g]), 255.0F);  // 0 for NaN
+    to[g * kPanelRows] = static_cast<std::uint8_t>(zero);
+    good &= static_cast<float>(to[g * kPanelRows]) == from[g];
+  }
+  for (Index g = 0; !good && g < zeros.cols(); ++g) {
+    const float zero = from[g];
+    require(bytes || zero == layout.middle, "[pack_linear] zeros must all be ", layout.middle,
+            " in a symmetric scheme, got ", zero);
+    require(!bytes || (zero >= 0.0F && zero <= 255.0F && zero == std::floor(zero)),
             "[pack_linear] zeros must be integers from 0 to 255, got ", zero);
   }
 }
@@ -87,7 +117,7 @@ void write_zero(const PanelLayout& layout, float zero, Index cell, std::uint8_t*
 float read_zero(const PanelLayout& layout, Index cell, const std::uint8_t* panel) {
   if (layout.zeros == Zeros::kMiddle) return layout.middle;
   if (layout.zeros == Zeros::kBytes) return static_cast<float>(panel[layout.zeros_at + cell]);
-  return Words::read(layout, panel + layout.zeros_at + cell * word_bytes(layout));
+  return read_word(layout, panel + layout.zeros_at + cell * word_bytes(layout));
 }
 
 void require_panels(const char* op, const PanelLayout& layout, Index rows, Index columns,
@@ -105,14 +135,12 @@ void clear(std::uint8_t* panel, Index begin, Index end) {
 void put_sides(const PanelLayout& layout, In<float> scales, In<float> zeros, Index first,
                Index lanes, std::uint8_t* panel) {
   for (Index lane = 0; lane < lanes; ++lane) {
-    const Index row = first + lane;
-    for (Index g = 0; g < layout.groups; ++g) {
-      const Index cell = g * kPanelRows + lane;
-      require(Words::write(layout, scales(row, g), panel + cell * word_bytes(layout)),
-              "[pack_linear] scales must be ", Words::name(layout), ", got ", scales(row, g),
-              " at (", row, ", ", g, ")");
-      write_zero(layout, zeros(row, g), cell, panel);
-    }
+    put_words("scales", layout, scales, first + lane, panel + lane * word_bytes(layout));
+    std::uint8_t* at = panel + layout.zeros_at;
+    if (layout.zeros == Zeros::kOffsets)
+      put_words("zeros", layout, zeros, first + lane, at + lane * word_bytes(layout));
+    else
+      put_zeros(layout, zeros, first + lane, at + lane);
   }
 }
 
@@ -210,7 +238,7 @@ void unpack_linear(In<std::uint8_t> panels, const PanelLayout& layout, Out<std::
       const Index row = p * kPanelRows + lane;
       for (Index g = 0; g < layout.groups; ++g) {
         const Index cell = g * kPanelRows + lane;
-        scales(row, g) = Words::read(layout, panel + cell * word_bytes(layout));
+        scales(row, g) = read_word(layout, panel + cell * word_bytes(layout));
         zeros(row, g) = read_zero(layout, cell, panel);
       }
       std::uint8_t* to = codes.data() + row * codes.outerStride();

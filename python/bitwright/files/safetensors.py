@@ -65,6 +65,31 @@ class Entry:
         return self.end - self.begin
 
 
+class Rows:
+    """A matrix of which rows are read when they are asked for, by a slice, as of an array; all in
+    the same memory: they hold until the next are asked for."""
+
+    def __init__(
+        self,
+        dtype: np.dtype[Any],
+        shape: tuple[int, ...],
+        read: Callable[[int, npt.NDArray[Any]], None],
+    ) -> None:
+        self.dtype, self.shape, self.read = dtype, shape, read
+        self._memory = np.empty((0, *shape[1:]), dtype)
+
+    def view(self, dtype: npt.DTypeLike) -> Rows:
+        """The same bytes as numbers of another type of that size."""
+        return Rows(np.dtype(dtype), self.shape, self.read)
+
+    def __getitem__(self, rows: slice) -> npt.NDArray[Any]:
+        first, end, _ = rows.indices(self.shape[0])
+        if len(self._memory) < end - first:
+            self._memory = np.empty((end - first, *self.shape[1:]), self.dtype)
+        self.read(first, found := self._memory[: end - first])
+        return found
+
+
 class SafetensorsFile:
     """A safetensors file whose header has been checked against the file's size."""
 
@@ -91,20 +116,36 @@ class SafetensorsFile:
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """The tensor of that name, in memory of its own."""
+        entry = self._entry(name)
+        array = np.empty(math.prod(entry.shape), entry.dtype)
+        self._read(name, entry.begin, array)
+        return array.reshape(entry.shape)
+
+    def rows(self, name: str) -> Rows:
+        """The matrix of that name, unread."""
+        entry = self._entry(name)
+        width = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+
+        def read(first: int, into: npt.NDArray[Any]) -> None:
+            self._read(name, entry.begin + first * width, into.reshape(-1))
+
+        return Rows(entry.dtype, entry.shape, read)
+
+    def _entry(self, name: str) -> Entry:
         entry = self.entries.get(name)
         if entry is None:
             raise InputError(f"[safetensors] wanted tensor {name} in {self.path}, found none")
-        array = np.empty(math.prod(entry.shape), entry.dtype)
-        view = array.view(np.uint8).data
+        return entry
+
+    def _read(self, name: str, begin: int, array: npt.NDArray[Any]) -> None:
+        view, done = array.view(np.uint8).data, 0
         with self.path.open("rb", buffering=0) as file:
-            file.seek(entry.begin)
-            done = 0
+            file.seek(begin)
             while done < len(view):
                 count = file.readinto(view[done:])
                 if not count:
                     raise InputError(f"[safetensors] {self.path} ends inside tensor {name}")
                 done += count
-        return array.reshape(entry.shape)
 
 
 def _header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:

@@ -148,9 +148,16 @@ def exact(name: str, q: Q) -> Q:
         return q
     numbers = [q.scales, q.zeros] if q.scheme.offset else [q.scales]
     for kind in FLOATS[FLOATS.index(q.scheme.scale) :]:
-        if all(np.array_equal(x.astype(STORED[kind]).astype(np.float32), x) for x in numbers):
-            return replace(q, scheme=replace(q.scheme, scale=kind))
+        if all(_holds(kind, x) for x in numbers):
+            return q if kind == q.scheme.scale else replace(q, scheme=replace(q.scheme, scale=kind))
     return q
+
+
+def _holds(kind: ScaleGrid, x: npt.NDArray[Any]) -> bool:
+    """Whether finite numbers are of that type: bf16 is the upper half of fp32."""
+    if kind == "bf16":
+        return not (x.view(np.uint32) & 0xFFFF).any()
+    return np.array_equal(x.astype(STORED[kind]).astype(np.float32), x)
 
 
 def write(name: str, q: QTensor, dtype: np.dtype[Any]) -> dict[str, Array]:  # noqa: ARG001
@@ -194,8 +201,10 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     return ops.unpacked(stored(name, get, config))
 
 
-def stored(name: str, get: Getter, config: Mapping[str, Any]) -> ops.QWords:
-    """The same, its codes packed as they are."""
+def stored(
+    name: str, get: Getter, config: Mapping[str, Any], rows: Callable[[str], Any] | None = None
+) -> ops.QWords:
+    """The same, its codes packed as they are; rows: what gives them row by row (None: `get`)."""
     wanted, size = scheme(name, config), get(f"{name}.shape")
     if size.shape != (2,) or size.dtype.kind != "i" or (size < 1).any():
         raise InputError(f"[bitwright] wanted n and k in {name}.shape, got {size.tolist()}")
@@ -203,13 +212,13 @@ def stored(name: str, get: Getter, config: Mapping[str, Any]) -> ops.QWords:
     expected = layout(name, (n, k), wanted, ops.BFLOAT16)
     if name in (config.get("ordered") or ()):
         expected[f"{name}.order"] = (np.dtype(np.int32), (k,))
-    tensors, whole = fetch(get, expected), 1.0
+    codes, rows = f"{name}.codes", rows or get
+    tensors, whole = fetch(lambda key: rows(key) if key == codes else get(key), expected), 1.0
     if wanted.scale == "e4m3":
         whole = float(tensors[f"{name}.global_scale"][0])
         if not 0.0 < whole < np.inf:
             raise InputError(f"[bitwright] wanted a positive {name}.global_scale, got {whole}")
-    words = np.ascontiguousarray(tensors[f"{name}.codes"]).view(np.uint32)
-    groups = wanted.groups(k)
+    words, groups = tensors[codes].view(np.uint32), wanted.groups(k)
     scales, zeros, steps = tensors[f"{name}.scales"], tensors.get(f"{name}.zeros"), None
     if wanted.block:
         steps = tensors[f"{name}.steps"].astype(np.float32)

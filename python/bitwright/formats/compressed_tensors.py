@@ -228,8 +228,11 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     return ops.unpacked(stored(name, get, config))
 
 
-def stored(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor | ops.QWords:
-    """The same, its codes packed as they are where they can be taken so."""
+def stored(
+    name: str, get: Getter, config: Mapping[str, Any], rows: Callable[[str], Any] | None = None
+) -> QTensor | ops.QWords:
+    """The same, its codes packed as they are where they can be taken so; rows: what gives them row
+    by row (None: `get`)."""
     settings = _settings(name, config)
     kind = "float" if settings is None else settings["format"]
     if settings is None or kind not in ("pack-quantized", *WHOLE_BYTES):
@@ -247,8 +250,9 @@ def stored(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor | ops.Q
     expected, order = layout(name, (n, k), wanted, dtype), None
     if settings.get("actorder") == "group":
         expected[f"{name}.weight_g_idx"] = (np.dtype(np.int32), (k,))
-    tensors = fetch(get, expected)
-    packed = tensors[f"{name}.weight_packed"].view(np.uint32)
+    codes, rows = f"{name}.weight_packed", rows or get
+    tensors = fetch(lambda key: rows(key) if key == codes else get(key), expected)
+    packed = tensors[codes].view(np.uint32)
     scales = tensors[f"{name}.weight_scale"].astype(np.float32)
     if wanted.symmetric:
         zeros = np.full(scales.shape, 1 << (wanted.bits - 1), np.uint8)
@@ -259,8 +263,8 @@ def stored(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor | ops.Q
         order = act_order(f"{name}.weight_g_idx", tensors[f"{name}.weight_g_idx"], wanted)
     if order is None:
         return ops.QWords(packed, k, scales, zeros, wanted)
-    codes = np.ascontiguousarray(ops.unpack(packed, wanted.bits, k)[:, order])
-    return QTensor(codes, scales, zeros, wanted, order=order)
+    ordered = np.ascontiguousarray(ops.unpack(packed[:], wanted.bits, k)[:, order])
+    return QTensor(ordered, scales, zeros, wanted, order=order)
 
 
 def _read_bytes(name: str, get: Getter, wanted: Scheme) -> QTensor:

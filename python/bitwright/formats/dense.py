@@ -73,10 +73,13 @@ class Dense:
         return ops.unpacked(self.stored(module))
 
     def stored(self, module: str) -> QTensor | ops.QWords:
-        """The same, its codes packed as they are where the format's reader gives them so."""
+        """The same, its codes packed and unread where the format can do so."""
         if self.format is None:
             raise InputError(f"[dense] wanted {module} quantized, {self.checkpoint.path} is float")
-        q: QTensor | ops.QWords = self.format.stored(module, self.checkpoint.read, self.config)
+        checkpoint = self.checkpoint
+        q: QTensor | ops.QWords = self.format.stored(
+            module, checkpoint.read, self.config, checkpoint.rows
+        )
         return q
 
     def read(self, name: str) -> npt.NDArray[Any]:

@@ -221,8 +221,13 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     return ops.unpacked(stored(name, get, config))
 
 
-def stored(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor | ops.QWords:
-    """The same, its codes packed as they are where they can be taken so."""
+def stored(
+    name: str,
+    get: Getter,
+    config: Mapping[str, Any],
+    rows: Callable[[str], Any] | None = None,  # noqa: ARG001
+) -> QTensor | ops.QWords:
+    """The same, its codes packed as they are where columns are in order."""
     wanted, missing = scheme(name, config), _missing(config)
     groups, scales = get(f"{name}.g_idx"), get(f"{name}.scales")
     if groups.ndim != 1 or scales.ndim != 2 or not groups.size or scales.dtype not in FLOATS:
