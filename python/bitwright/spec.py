@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -49,11 +50,11 @@ class Grid:
     bits: int
     values: tuple[float, ...]
 
-    @property
+    @cached_property
     def uniform(self) -> bool:
         return self.values == tuple(float(c) for c in range(len(self.values)))
 
-    @property
+    @cached_property
     def middles(self) -> tuple[float, ...]:
         """Of a table: a value above middles[i] takes level i + 1 or a higher one."""
         if self.uniform:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,6 +100,8 @@ class SafetensorsFile:
             size = path.stat().st_size
             with path.open("rb") as file:
                 header, start = _header(path, file, size)
+                self._descriptor = os.dup(file.fileno())
+            weakref.finalize(self, os.close, self._descriptor)
         except OSError as error:
             raise InputError(f"[safetensors] could not open {path}: {error.strerror}") from error
         self.metadata = _metadata(path, header.pop("__metadata__", {}))
@@ -110,9 +113,8 @@ class SafetensorsFile:
         from the disk meanwhile."""
         if not hasattr(os, "posix_fadvise"):
             return
-        with self.path.open("rb") as file:
-            for entry in (self.entries[name] for name in names):
-                os.posix_fadvise(file.fileno(), entry.begin, entry.nbytes, os.POSIX_FADV_WILLNEED)
+        for entry in (self.entries[name] for name in names):
+            os.posix_fadvise(self._descriptor, entry.begin, entry.nbytes, os.POSIX_FADV_WILLNEED)
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """The tensor of that name, in memory of its own."""
@@ -131,6 +133,13 @@ class SafetensorsFile:
 
         return Rows(entry.dtype, entry.shape, read)
 
+    def _read_at(self, begin: int, into: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._descriptor, [into], begin)
+        with self.path.open("rb", buffering=0) as file:  # Windows
+            file.seek(begin)
+            return file.readinto(into) or 0
+
     def _entry(self, name: str) -> Entry:
         entry = self.entries.get(name)
         if entry is None:
@@ -139,13 +148,11 @@ class SafetensorsFile:
 
     def _read(self, name: str, begin: int, array: npt.NDArray[Any]) -> None:
         view, done = array.view(np.uint8).data, 0
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(begin)
-            while done < len(view):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise InputError(f"[safetensors] {self.path} ends inside tensor {name}")
-                done += count
+        while done < len(view):
+            count = self._read_at(begin + done, view[done:])
+            if not count:
+                raise InputError(f"[safetensors] {self.path} ends inside tensor {name}")
+            done += count
 
 
 def _header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:

@@ -53,7 +53,7 @@ class QuantLinear(nn.Module):
     """A quantized (out_features, in_features) matrix in place of a Linear or Conv1D.
 
     scheme: a Scheme or its name. ordered: its columns have an order of their own. The buffers are
-    empty until loaded; `of` makes one from a QTensor.
+    empty until loaded, to_fill=False: not there until packed; `of` makes one from a QTensor.
     """
 
     codes: torch.Tensor
@@ -73,6 +73,7 @@ class QuantLinear(nn.Module):
         ordered: bool = False,
         mode: Mode = "fast",
         activations: Activations = "group",
+        to_fill: bool = True,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -80,7 +81,8 @@ class QuantLinear(nn.Module):
         self.ordered, self.whole = ordered, 1.0
         self.set_mode(mode, activations)
         for name, (kind, shape) in self.layout().items():
-            self.register_buffer(name, torch.zeros(shape, dtype=TORCH_TYPES[kind]))
+            made = torch.zeros(shape, dtype=TORCH_TYPES[kind]) if to_fill else None
+            self.register_buffer(name, made)
         self.register_buffer("panels", None, persistent=False)
         self.transposed = False
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None
@@ -94,10 +96,15 @@ class QuantLinear(nn.Module):
     ) -> QuantLinear:  # fmt: skip
         """The layer of a quantized matrix, packed."""
         n, k = q.shape
-        with torch.device("meta"):
-            layer = cls(
-                k, n, q.scheme, ordered=q.order is not None, mode=mode, activations=activations
-            )
+        layer = cls(
+            k,
+            n,
+            q.scheme,
+            ordered=q.order is not None,
+            mode=mode,
+            activations=activations,
+            to_fill=False,
+        )
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
         layer.hold(q)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Literal, overload
 
@@ -86,6 +87,7 @@ class PackedMatrix:
         return cls(aligned, scheme, shape, global_scale, steps)
 
 
+@lru_cache(maxsize=256)
 def _layout(scheme: Scheme, k: int) -> Any:
     if len(scheme.grid.values) > 16 and not scheme.grid.uniform:
         raise RefusedError(f"[linear] wanted a table of at most 16 levels, got {scheme.grid.name}")
