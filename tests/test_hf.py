@@ -61,6 +61,28 @@ def test_all_formats_that_we_write(source, tmp_path, fmt, scheme):
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("fmt", ["bitwright", "compressed-tensors"])
+def test_codes_are_read_a_few_rows_at_a_time(source, tmp_path, fmt, monkeypatch):
+    """No matrix of codes is read as a whole."""
+    folder = folders.ours(source, tmp_path / "ours", "int4-g16", fmt)
+    want = bitwright.load(folder)
+    asked = {"read": [], "rows": []}
+    for way, names in asked.items():
+        real = getattr(Checkpoint, way)
+
+        def spy(self, name, real=real, names=names):
+            names.append(name)
+            return real(self, name)
+
+        monkeypatch.setattr(Checkpoint, way, spy)
+    monkeypatch.setattr(sys.modules["bitwright.ops.linear"], "PIECE", 1)
+    model = bitwright.load(folder)
+    ends = (".codes", ".weight_packed")
+    assert len([name for name in asked["rows"] if name.endswith(ends)]) == 14
+    assert not [name for name in asked["read"] if name.endswith(ends)]
+    assert torch.equal(logits(model), logits(want))
+
+
 @pytest.mark.parametrize("scheme", ["nf4-g32", "nvfp4", "int4-g32-offset", "int4-g16-offset-8x6"])
 def test_schemes_that_only_our_format_has(source, tmp_path, scheme):
     folder = folders.ours(source, tmp_path / "ours", scheme)
