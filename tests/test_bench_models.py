@@ -97,14 +97,16 @@ def test_loading_is_told_beyond_reading(monkeypatch):
 
 
 def test_what_is_timed(homes, monkeypatch):
-    """Reading before loading, each from its own beginning; the bytes are those of the weights."""
+    """Reading, then loading, each from its own beginning, without importing the model's class; the
+    bytes are those of the weights."""
     clock = iter(range(100))
     monkeypatch.setattr(speed.time, "perf_counter", lambda: 2.0 ** next(clock))
     monkeypatch.setattr(speed, "open_model", lambda _: None)
+    monkeypatch.setattr(speed, "import_model", lambda _: next(clock))
     monkeypatch.setattr(speed, "speed", lambda *_: speed.Speed(1, 1.0, 1.0))
     with threads(1):
         made = speed.measure(speed.Wish(str(homes[1])))
-    assert (made.read_seconds, made.load_seconds) == (1.0, 4.0)
+    assert (made.read_seconds, made.load_seconds) == (1.0, 2.0**4 - 2.0**3)
     assert made.bytes == (homes[1] / "model.safetensors").stat().st_size
 
 

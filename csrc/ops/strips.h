@@ -122,42 +122,77 @@ void put_strips(const PanelLayout& layout, const std::uint8_t* codes, Index stri
   });
 }
 
-// Strips from the first on of which each is kWidth / 2 words of a row.
+// Strips from the first on that are whole words of a row's packed codes.
 inline Index turned_strips(const PanelLayout& layout) {
-  if (layout.width == 3 || (layout.groups > 1 && layout.group % kStrip != 0)) return 0;
-  return layout.k / kStrip;
+  if (layout.groups > 1 && layout.group % kStrip != 0) return 0;
+  return layout.width == 3 ? layout.k / (2 * kStrip) * 2 : layout.k / kStrip;
 }
 
-// A word of packed codes as a unit has it: byte t takes the codes of column t of its quads. Cells
-// that change places are swapped, pair by pair.
-template <int kWidth>
-std::uint32_t turned(std::uint32_t word) {
-  const auto swap = [&](int shift, std::uint32_t mask) {
-    const std::uint32_t both = (word ^ word >> shift) & mask;
-    word ^= both ^ both << shift;
-  };
-  if (kWidth == 2) {  // 4 x 4 codes, transposed
-    swap(6, 0x00CC00CCU);
-    swap(12, 0x0000F0F0U);
-  } else if (kWidth == 4) {  // two quads, shuffled
-    swap(8, 0x0000FF00U);
-    swap(4, 0x00F000F0U);
+// What two codes of 3 bits, a column's and the next one's in quad j, are in the units of a strip:
+// their low bits in the lower half, the third ones in the upper.
+struct PairsOfThree {
+  std::uint64_t of[4][64] = {};
+  constexpr PairsOfThree() {
+    for (int j = 0; j < 4; ++j)
+      for (std::uint64_t codes = 0; codes < 64; ++codes) {
+        const std::uint64_t low = (codes & 3U) | (codes >> 3 & 3U) << 8;
+        const std::uint64_t high = (codes >> 2 & 1U) | (codes >> 5 & 1U) << 8;
+        of[j][codes] = low << 2 * j | high << (32 + j);
+      }
   }
-  return word;
+};
+inline constexpr PairsOfThree kPairsOfThree;
+
+inline std::uint64_t strip_of_three(std::uint64_t codes) {
+  std::uint64_t units = 0;
+  for (int j = 0; j < 4; ++j, codes >>= 12)
+    units |= kPairsOfThree.of[j][codes & 63U] | kPairsOfThree.of[j][codes >> 6 & 63U] << 16;
+  return units;
+}
+
+// Words of packed codes, whole strips or pairs of them, as a row's words of units: byte t takes the
+// codes of column t of quads. Cells that change places are swapped, pair by pair.
+template <int kWidth>
+void turn(const std::uint32_t* words, Index count, std::uint32_t* units) {
+  if constexpr (kWidth == 3) {
+    for (Index i = 0; i < count; i += 3) {
+      const std::uint64_t low = words[i] | static_cast<std::uint64_t>(words[i + 1]) << 32;
+      const std::uint64_t high = low >> 48 | static_cast<std::uint64_t>(words[i + 2]) << 16;
+      const std::uint64_t first = strip_of_three(low), second = strip_of_three(high);
+      units[i] = static_cast<std::uint32_t>(first);
+      units[i + 1] = static_cast<std::uint32_t>(second);
+      units[i + 2] = static_cast<std::uint32_t>(first >> 32 | second >> 32 << 4);
+    }
+    return;
+  }
+  for (Index i = 0; i < count; ++i) {
+    std::uint32_t word = words[i];
+    const auto swap = [&](int shift, std::uint32_t mask) {
+      const std::uint32_t both = (word ^ word >> shift) & mask;
+      word ^= both ^ both << shift;
+    };
+    if (kWidth == 2) {  // 4 x 4 codes, transposed
+      swap(6, 0x00CC00CCU);
+      swap(12, 0x0000F0F0U);
+    } else if (kWidth == 4) {  // two quads, shuffled
+      swap(8, 0x0000FF00U);
+      swap(4, 0x00F000F0U);
+    }
+    units[i] = word;
+  }
 }
 
 // The first strips of a panel from rows of packed codes, word by word.
 template <int kWidth>
 void put_turned(const PanelLayout& layout, const std::uint32_t* words, Index stride, Index strips,
                 Index lanes, std::uint8_t* panel) {
-  constexpr Index kTile = 16;
+  constexpr Index kTile = kWidth == 3 ? 24 : 16;
   std::uint32_t tile[kPanelRows][kTile] = {};
   const Index count = strips * kWidth / 2;
   for (Index first = 0; first < count; first += kTile) {
     const Index some = std::min(kTile, count - first);
     for (Index lane = 0; lane < lanes; ++lane)
-      for (Index i = 0; i < some; ++i)
-        tile[lane][i] = turned<kWidth>(words[lane * stride + first + i]);
+      turn<kWidth>(words + lane * stride + first, some, tile[lane]);
     std::uint8_t* unit = panel + layout.codes_at + first * kLine;
     for (Index i = 0; i < some; ++i)
       for (Index lane = 0; lane < kPanelRows; ++lane, unit += 4)

@@ -168,12 +168,16 @@ def write(name: str, q: QTensor, dtype: np.dtype[Any]) -> dict[str, Array]:  # n
 
 def beside(name: str, q: QTensor | ops.QWords) -> dict[str, Array]:
     """Those beside its codes."""
-    tensors: dict[str, Array] = {
-        f"{name}.scales": _stored(q),
-        f"{name}.shape": np.array(q.shape, np.int64),
-    }
+    rest = extras(name, q)
+    tensors = {f"{name}.scales": _stored(q), f"{name}.shape": rest[f"{name}.shape"]}
     if not q.scheme.symmetric:
         tensors[f"{name}.zeros"] = _stored_zeros(q)
+    return tensors | rest
+
+
+def extras(name: str, q: QTensor | ops.QWords) -> dict[str, Array]:
+    """Those beside its codes, scales and zero points."""
+    tensors: dict[str, Array] = {f"{name}.shape": np.array(q.shape, np.int64)}
     if q.steps is not None:
         tensors[f"{name}.steps"] = q.steps.astype(STORED[q.scheme.scale])
     if q.scheme.scale == "e4m3":

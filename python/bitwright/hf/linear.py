@@ -158,10 +158,9 @@ class QuantLinear(nn.Module):
                 f"{q.scheme.name}"
             )
         names = list(self.layout())
-        sides = [name for name in names if name not in PACKED]
-        tensors = own.beside("", q) if sides else {}
+        tensors = own.extras("", q)
         for name in names:
-            self._buffers[name] = as_tensor(tensors[f".{name}"]) if name in sides else None
+            self._buffers[name] = None if name in PACKED else as_tensor(tensors[f".{name}"])
         self.panels, self.whole = torch.from_numpy(ops.pack_linear(q).panels), q.global_scale
         self.matrix()
         for tensor in (*self._buffers.values(), self.bias):
