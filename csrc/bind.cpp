@@ -116,6 +116,8 @@ PYBIND11_MODULE(_core, m) {
         arg("group"), as_is("y"), Free());
   m.def("pack_linear", &pack_linear, as_is("codes"), as_is("scales"), as_is("zeros"), arg("bits"),
         arg("layout"), as_is("panels"), Free());
+  m.def("pack_linear_u32", &pack_linear_u32, as_is("words"), as_is("scales"), as_is("zeros"),
+        arg("bits"), arg("layout"), as_is("panels"), Free());
   m.def("unpack_linear", &unpack_linear, as_is("panels"), arg("layout"), as_is("codes"),
         as_is("scales"), as_is("zeros"), Free());
   m.def("linear_f32", &linear_f32, as_is("x"), arg("weights"), arg("fast"), arg("per_token"),

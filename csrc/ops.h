@@ -144,6 +144,9 @@ struct Packed {
 // bits, scales and offsets that are no such words, zero points that a symmetric scheme has not.
 void pack_linear(In<std::uint8_t> codes, In<float> scales, In<float> zeros, int bits,
                  const PanelLayout& layout, Out<std::uint8_t> panels);
+// The same of codes packed as by `pack`, words (rows, ceil(k bits / 32)).
+void pack_linear_u32(In<std::uint32_t> words, In<float> scales, In<float> zeros, int bits,
+                     const PanelLayout& layout, Out<std::uint8_t> panels);
 void unpack_linear(In<std::uint8_t> panels, const PanelLayout& layout, Out<std::uint8_t> codes,
                    Out<float> scales, Out<float> zeros);
 // y_i (t, n_i) = x (t, k) W_i^T, one behind the other in y. Exact: W dequantized to float32, one

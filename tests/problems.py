@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from bitwright import ops, schemes
-from bitwright.spec import Scheme, Stats
+from bitwright.spec import QTensor, Scheme, Stats
 from ref.quadratic import quadratic
 
 UNIT = 2.0**-24  # unit roundoff of float32
@@ -69,6 +69,13 @@ def stats(H: np.ndarray, tokens: int = 1 << 20) -> Stats:
 
 def scheme(bits: int, group: int, symmetric: bool = True, **more: Any) -> Scheme:
     return Scheme(schemes.grids()[f"int{bits}"], group, symmetric, **more)
+
+
+def as_words(q: QTensor) -> ops.QWords:
+    """The same matrix, its codes packed."""
+    words = ops.pack(q.codes, q.scheme.bits)
+    k, scheme = q.shape[1], q.scheme
+    return ops.QWords(words, k, q.scales, q.zeros, scheme, q.global_scale, q.steps, q.order)
 
 
 def random_codes(n: int, k: int, s: Scheme, *seed: object) -> tuple[np.ndarray, ...]:

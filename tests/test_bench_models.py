@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +81,33 @@ def test_every_engine_in_this_process(homes):
 def test_prompts_are_cut_to_what_the_model_takes(homes):
     wish = speed.Wish(str(homes[1]), prompt=5000, context=5000, tokens=5000, repeats=1)
     assert speed.speed(speed.open_model(wish), wish, 1).decode > 0
+
+
+def test_loading_is_told_beyond_reading(monkeypatch):
+    """Seconds for each GB; reading never takes more than that, whatever the clock says."""
+    one = {"threads": 1, "prefill": 1.0, "decode": 1.0}
+    found = {"speeds": [one], "read_seconds": 2.0, "bytes": 5 * 10**8, "peak_rss": 1}
+    monkeypatch.setattr(models, "resolve", Path)
+    monkeypatch.setattr(models, "original_of", lambda *_: "")
+    for seconds, wanted in ((3.25, 2.5), (2.0, 0.0), (1.5, 0.0)):
+        told = {**found, "load_seconds": seconds}
+        monkeypatch.setattr(models, "_run", lambda _, told=told: told)
+        rows = models.run("nowhere", threads=1).rows
+        assert {(row.load_seconds, row.load_per_gb) for row in rows} == {(seconds, wanted)}
+
+
+def test_what_is_timed(homes, monkeypatch):
+    """Reading, then loading, each from its own beginning, without importing the model's class; the
+    bytes are those of the weights."""
+    clock = iter(range(100))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: 2.0 ** next(clock))
+    monkeypatch.setattr(speed, "open_model", lambda _: None)
+    monkeypatch.setattr(speed, "import_model", lambda _: next(clock))
+    monkeypatch.setattr(speed, "speed", lambda *_: speed.Speed(1, 1.0, 1.0))
+    with threads(1):
+        made = speed.measure(speed.Wish(str(homes[1])))
+    assert (made.read_seconds, made.load_seconds) == (1.0, 2.0**4 - 2.0**3)
+    assert made.bytes == (homes[1] / "model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize(("named", "sentence"), [("nowhere", "nowhere"), (None, "float")])

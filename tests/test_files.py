@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from contextlib import contextmanager
 from pathlib import Path
 
 import ml_dtypes
@@ -73,6 +74,37 @@ def test_the_library_reads_what_we_write(tmp_path):
     for name, array in want.items():
         assert tuple(got[name].shape) == array.shape
         assert torch_bytes(got[name]) == raw(array)
+
+
+def test_rows_are_read_when_they_are_asked_for(tmp_path):
+    """All in the same memory; the reader's clock runs for each."""
+    path, want, times = tmp_path / "model.safetensors", random(np.dtype(np.int32), (70, 5)), []
+    container.save(path, {"a": random(np.dtype(np.int8), (3,)), "w": want}, {})
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = Checkpoint(tmp_path)
+
+    @contextmanager
+    def watch():
+        times.append(0)
+        yield
+
+    checkpoint.reading = watch
+    rows = checkpoint.rows("w").view(np.uint32)
+    assert (rows.dtype, rows.shape, times) == (np.uint32, (70, 5), [])
+    first = rows[0:32]
+    assert np.array_equal(first.view(np.int32), want[:32])
+    second = rows[64:96]
+    assert np.array_equal(second.view(np.int32), want[64:])
+    assert np.shares_memory(first, second)
+    assert np.array_equal(rows[:].view(np.int32), want)
+    assert len(times) == 3
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match="ends inside tensor w"):
+        rows[64:70]
+    with pytest.raises(InputError, match="wanted tensor nope in"):
+        checkpoint.rows("nope")
+    with pytest.raises(InputError, match="wanted tensor nope in"):
+        SafetensorsFile.rows(checkpoint._file("a"), "nope")
 
 
 def test_we_read_what_the_library_writes(tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from bitwright import ops, registry, schemes
+from bitwright.files.safetensors import Rows
 from bitwright.spec import (
     Arch,
     BitwrightError,
@@ -85,6 +86,30 @@ def same(a: QTensor, b: QTensor) -> bool:
     return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in pairs)
 
 
+def unread(tensors: dict[str, np.ndarray]):
+    """What gives the rows of matrices a few at a time, as a checkpoint does."""
+
+    def rows(key: str) -> Rows:
+        array = tensors[key]
+
+        def read(first: int, into: np.ndarray) -> None:
+            into[:] = array[first : first + len(into)].view(into.dtype)
+
+        return Rows(array.dtype, array.shape, read)
+
+    return rows
+
+
+def same_panels(fmt: ModuleType, tensors: dict[str, np.ndarray], config: dict, q: QTensor) -> bool:
+    """Codes as they are packed, read or not, make the panels of the codes themselves."""
+    want = ops.pack_linear(q).panels
+    whole = fmt.stored(NAME, tensors.__getitem__, config)
+    pieces = fmt.stored(NAME, tensors.__getitem__, config, unread(tensors))
+    assert isinstance(pieces, ops.QWords)
+    assert same(ops.unpacked(pieces), q)
+    return all(np.array_equal(ops.pack_linear(given).panels, want) for given in (whole, pieces))
+
+
 def all_schemes() -> list[Scheme]:
     names = product(range(1, 9), GROUPS, ("", "-asym"))
     return [schemes.parse(f"int{bits}-{group}{end}") for bits, group, end in names]
@@ -110,6 +135,7 @@ def test_round_trip_of_every_scheme_that_is_not_refused(name, shape):
         kept_name = scheme.name if name == "bitwright" else scheme.name.replace("tensor", "channel")
         assert back.scheme.name == kept_name
         assert np.array_equal(ops.decode(q), back.dequantize())
+        assert same_panels(fmt, tensors, config_of(fmt, scheme), back), scheme.name
         kept += 1
     assert kept
 
@@ -199,6 +225,7 @@ def test_only_our_own_format_holds_tables_and_other_scales(scheme):
     back = fmt.read(NAME, tensors.__getitem__, config_of(fmt, wanted))
     assert same(q, back)
     assert (back.scheme, back.global_scale) == (wanted, q.global_scale)
+    assert same_panels(fmt, tensors, config_of(fmt, wanted), back)
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "bitwright"])

@@ -28,6 +28,7 @@ import test_block as block
 from bitwright import ops, schemes
 from bitwright.spec import QTensor
 from problems import (
+    as_words,
     groups_together,
     hessian,
     inputs,
@@ -44,7 +45,7 @@ SAME = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
 
 
 def stripped(name: str) -> str:
-    return re.sub(r"_(f32|f64|u16|bf16)$", "", name)
+    return re.sub(r"_(f32|f64|u16|u32|bf16)$", "", name)
 
 
 def declared() -> set[str]:
@@ -247,7 +248,7 @@ def run_dot_chain() -> list[Any]:
     return [ops.dot_chain(x, 9, 15, -127)]
 
 
-def packed_matrices() -> list[ops.PackedMatrix]:
+def packed_matrices(words: bool = False) -> list[ops.PackedMatrix]:
     names = (
         "int2-g32",
         "int3-g64-asym",
@@ -257,11 +258,14 @@ def packed_matrices() -> list[ops.PackedMatrix]:
         "nf4-g64",
     )
     kinds = [schemes.parse(name) for name in names]
-    return [ops.pack_linear(QTensor(*random_codes(N, K, s), s)) for s in kinds]
+    given = [QTensor(*random_codes(N, K, s), s) for s in kinds]
+    if not words:
+        return [ops.pack_linear(q) for q in given]
+    return [ops.pack_linear(as_words(q)) for q in given]
 
 
 def run_pack_linear() -> list[Any]:
-    return [packed.panels for packed in packed_matrices()]
+    return [packed.panels for words in (False, True) for packed in packed_matrices(words)]
 
 
 def run_unpack_linear() -> list[Any]:

@@ -6,6 +6,8 @@ Shapes: rows and columns that fill no panel, no strip, no group; tokens around t
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -14,7 +16,7 @@ import pytest
 
 from bitwright import ops, schemes
 from bitwright.spec import InputError, QTensor, RefusedError, Scheme
-from problems import FUSED, UNIT, assert_equal, inputs, random_codes, rng, threads
+from problems import FUSED, UNIT, as_words, assert_equal, inputs, random_codes, rng, threads
 from ref.dot_chain import dot_chain
 from ref.linear import fast, linear, step
 from ref.pack_linear import pack_linear
@@ -182,6 +184,74 @@ def test_exact_is_qlinear() -> None:
     X = inputs(9, 145)
     assert_equal([ops.linear(X, ops.pack_linear(q))], [ops.qlinear(X, q)])
     assert_equal([ops.qlinear(X, q)], [qlinear(X, *side(q), FUSED)])
+
+
+class Read:
+    """Words that are read when they are asked for, all in the same memory."""
+
+    def __init__(self, words: np.ndarray) -> None:
+        self.words, self.shape, self.asked = words, words.shape, list[int]()
+        self.memory = np.empty_like(words)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        found = self.words[rows]
+        self.asked.append(len(found))
+        self.memory[:] = 0xFFFFFFFF
+        self.memory[: len(found)] = found
+        return self.memory[: len(found)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_codes_make_the_same_panels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, two panels at a time, from an array and from what reads one."""
+    s = schemes.parse(name)
+    for n, k in (*SHAPES, (33, 96), (35, 300)):
+        q = quantized(n, k, s)
+        want, words = ops.pack_linear(q), as_words(q)
+        for piece in (1 << 20, 2 * 16 * words.words.shape[1] * 4):
+            monkeypatch.setattr(sys.modules["bitwright.ops.linear"], "PIECE", piece)
+            with threads(1):
+                assert_equal([ops.pack_linear(words).panels], [want.panels])
+                read = Read(words.words)
+                packed = ops.pack_linear(replace(words, words=read))
+            assert_equal([packed.panels], [want.panels])
+            assert len(read.asked) == (-(-n // 32) if piece < 1 << 20 else 1)
+            assert sum(read.asked) == n
+        assert (packed.global_scale, packed.steps is None) == (q.global_scale, q.steps is None)
+        assert_equal([ops.unpacked(words).codes], [q.codes])
+
+
+def test_packed_codes_into_rows_of_a_matrix() -> None:
+    q = quantized(70, 100, schemes.parse("int3-g32-asym"))
+    into = ops.PackedMatrix.empty(q.scheme, q.shape)
+    for row in range(0, 70, 32):
+        rows = slice(row, min(row + 32, 70))
+        part = QTensor(q.codes[rows], q.scales[rows], q.zeros[rows], q.scheme)
+        ops.pack_linear(as_words(part), into, row)
+    assert_equal([into.panels], [ops.pack_linear(q).panels])
+
+
+def test_what_packed_codes_must_be() -> None:
+    words = as_words(quantized(20, 100, schemes.parse("int3-g32-asym")))
+    for bad in (words.words[:, 1:], words.words[:0], words.words[0]):
+        with pytest.raises(
+            InputError, match=r"wanted words \(n, 10\) for 100 codes in a row in int"
+        ):
+            replace(words, words=bad)
+    with pytest.raises(
+        InputError, match=r"scales and zeros must be \(20, 4\) for codes \(20, 100\)"
+    ):
+        replace(words, scales=words.scales[1:])
+    with pytest.raises(InputError, match="a 2-D array of uint32, got 2-D of int64"):
+        ops.pack_linear(replace(words, words=words.words.astype(np.int64)))
+    with pytest.raises(InputError, match="scales must be bf16 numbers, got nan"):
+        ops.pack_linear(replace(words, scales=words.scales * np.float32(np.nan)))
+    turned = replace(words, words=np.asfortranarray(words.words))
+    turned.words.flags.writeable = False
+    assert_equal([ops.pack_linear(turned).panels], [ops.pack_linear(words).panels])
+    high = replace(words, zeros=words.zeros.astype(np.float32))
+    with pytest.raises(InputError, match="a 2-D array of uint8, got 2-D of float32"):
+        ops.pack_linear(high)
 
 
 def test_rows_packed_a_few_at_a_time() -> None:

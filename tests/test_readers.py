@@ -113,8 +113,9 @@ def test_our_own_format_keeps_an_order():
     config = {"scheme": scheme.name, "ordered": ["w"]}
     back = ours.read("w", tensors.__getitem__, config)
     assert np.array_equal(ops.decode(back), ops.decode(q))
+    assert np.array_equal(ours.stored("w", tensors.__getitem__, config).order, order)
     with pytest.raises(InputError, match="each of 40 columns once"):
-        ours.read("w", {**tensors, "w.order": order // 2}.__getitem__, config)
+        ours.stored("w", {**tensors, "w.order": order // 2}.__getitem__, config)
 
 
 @pytest.mark.parametrize("pattern", ["+:.*down.*", ".*down.*"])
@@ -166,6 +167,8 @@ def test_compressed_tensors_in_act_order():
     back = compressed_tensors.read("w", tensors.__getitem__, config)
     expected = (q.codes.astype(np.float32) - 8) * q.scales[:, groups]
     assert np.array_equal(ops.decode(back), expected)
+    ordered = compressed_tensors.stored("w", tensors.__getitem__, config, tensors.__getitem__)
+    assert np.array_equal(ops.pack_linear(ordered).panels, ops.pack_linear(back).panels)
 
 
 def lies(array: np.ndarray) -> list[np.ndarray]:

@@ -44,6 +44,25 @@ inline void write_bits(const std::uint8_t* codes, Index count, int bits, std::ui
   if (filled > 0) *words = static_cast<std::uint32_t>(window);
 }
 
+// Eight codes of `bits` bits each, side by side, to a byte each: halves, quarters, single ones.
+class Spread {
+ public:
+  explicit Spread(int bits) : bits_(bits) {}
+  std::uint64_t operator()(std::uint64_t codes) const {
+    codes = apart(codes, 4, 0x0000000000000001U);
+    codes = apart(codes, 2, 0x0000000100000001U);
+    return apart(codes, 1, 0x0001000100010001U);
+  }
+
+ private:
+  // Of each part the first `count` codes stay, the next move to where a byte each has them.
+  std::uint64_t apart(std::uint64_t codes, int count, std::uint64_t parts) const {
+    const std::uint64_t low = ((std::uint64_t{1} << count * bits_) - 1) * parts;
+    return (codes & low) | (codes & low << count * bits_) << count * (8 - bits_);
+  }
+  int bits_;
+};
+
 // The codes of such words.
 inline void read_bits(const std::uint32_t* words, Index count, int bits, std::uint8_t* codes) {
   Index i = 0;
@@ -51,17 +70,20 @@ inline void read_bits(const std::uint32_t* words, Index count, int bits, std::ui
     const std::uint64_t bytes = bytes_of_eight(*words++);
     std::memcpy(codes + i, &bytes, sizeof bytes);
   }
-  const std::uint32_t mask = 0xFFU >> (8 - bits);
-  std::uint64_t window = 0;
-  int filled = 0;
-  for (; i < count; ++i) {
-    if (filled < bits) {
-      window |= static_cast<std::uint64_t>(*words++) << filled;
-      filled += 32;
-    }
-    codes[i] = static_cast<std::uint8_t>(window & mask);
-    window >>= bits;
-    filled -= bits;
+  const auto* bytes = reinterpret_cast<const unsigned char*>(words);
+  const unsigned char* end = bytes + (((count - i) * bits + 31) / 32) * 4;
+  const Spread spread(bits);
+  for (; i < count; i += 8, bytes += bits) {
+    std::uint64_t eight = 0;
+    if (end - bytes >= 8)
+      std::memcpy(&eight, bytes, 8);
+    else
+      std::memcpy(&eight, bytes, static_cast<std::size_t>(end - bytes));
+    eight = spread(eight);
+    if (count - i >= 8)
+      std::memcpy(codes + i, &eight, 8);
+    else
+      std::memcpy(codes + i, &eight, static_cast<std::size_t>(count - i));
   }
 }
 

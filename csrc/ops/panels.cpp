@@ -1,17 +1,15 @@
 // Codes, scales and zero points into panels of 16 rows and back (kernels/packed.h). Rows are
 // independent by panels, so that a loader packs a few at a time.
 #include <cmath>
-#include <type_traits>
 
 #include "core/half.h"
 #include "ops.h"
 #include "ops/panel.h"
+#include "ops/strips.h"
 
 namespace bitwright {
 
 namespace {
-
-constexpr Index kLine = 64;
 
 Index lines(Index bytes) { return ceil_div(bytes, kLine) * kLine; }
 
@@ -42,46 +40,76 @@ void set_levels(const std::vector<float>& levels, PanelLayout& layout) {
   }
 }
 
-// Scales and offsets as the words of a layout.
-struct Words {
-  static bool write(const PanelLayout& layout, float value, std::uint8_t* to) {
-    if (layout.scale == ScaleWords::kFloat32) {
-      std::memcpy(to, &value, 4);
-      return std::isfinite(value);
-    }
-    std::uint16_t word = to_bf16(value);
-    if (layout.scale == ScaleWords::kFp16) {
-      const float small = std::abs(value) * 0x1p-112F;
-      std::uint32_t bits;
-      std::memcpy(&bits, &small, 4);
-      word = static_cast<std::uint16_t>((bits >> 13) | (std::signbit(value) ? 0x8000U : 0U));
-    }
-    std::memcpy(to, &word, 2);
-    return std::isfinite(value) && read(layout, to) == value;
-  }
-  static float read(const PanelLayout& layout, const std::uint8_t* from) {
-    std::uint32_t bits = 0;
-    std::memcpy(&bits, from, static_cast<std::size_t>(word_bytes(layout)));
-    if (layout.scale == ScaleWords::kFloat32) return as_float(bits);
-    const std::uint16_t word = static_cast<std::uint16_t>(bits);
-    return layout.scale == ScaleWords::kBf16 ? from_bf16(word) : from_fp16(word);
-  }
-  static const char* name(const PanelLayout& layout) {
-    if (layout.scale == ScaleWords::kFloat32) return "finite";
-    return layout.scale == ScaleWords::kBf16 ? "bf16 numbers" : "fp16 numbers";
-  }
-};
+float read_word(const PanelLayout& layout, const std::uint8_t* from) {
+  std::uint32_t bits = 0;
+  std::memcpy(&bits, from, static_cast<std::size_t>(word_bytes(layout)));
+  if (layout.scale == ScaleWords::kFloat32) return as_float(bits);
+  const std::uint16_t word = static_cast<std::uint16_t>(bits);
+  return layout.scale == ScaleWords::kBf16 ? from_bf16(word) : from_fp16(word);
+}
 
-void write_zero(const PanelLayout& layout, float zero, Index cell, std::uint8_t* panel) {
-  if (layout.zeros == Zeros::kMiddle) {
-    require(zero == layout.middle, "[pack_linear] zeros must all be ", layout.middle,
-            " in a symmetric scheme, got ", zero);
-  } else if (layout.zeros == Zeros::kOffsets) {
-    require(Words::write(layout, zero, panel + layout.zeros_at + cell * word_bytes(layout)),
-            "[pack_linear] zeros must be ", Words::name(layout), " as offsets, got ", zero);
+// A value as a word; whether the word is the value, and finite.
+template <ScaleWords kWords>
+bool write_word(float value, std::uint8_t* to) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const bool finite = (bits & 0x7F800000U) != 0x7F800000U;
+  if constexpr (kWords == ScaleWords::kFloat32) {
+    std::memcpy(to, &bits, 4);
+    return finite;
+  } else if constexpr (kWords == ScaleWords::kBf16) {
+    const std::uint16_t word = static_cast<std::uint16_t>(bits >> 16);
+    std::memcpy(to, &word, 2);
+    return finite & ((bits & 0xFFFFU) == 0);
   } else {
-    panel[layout.zeros_at + cell] = static_cast<std::uint8_t>(zero);
-    require(zero >= 0.0F && zero <= 255.0F && static_cast<float>(std::uint8_t(zero)) == zero,
+    const float small = std::abs(value) * 0x1p-112F;
+    std::memcpy(&bits, &small, 4);
+    const std::uint16_t word =
+        static_cast<std::uint16_t>((bits >> 13) | (std::signbit(value) ? 0x8000U : 0U));
+    std::memcpy(to, &word, 2);
+    return finite & (from_fp16(word) == value);
+  }
+}
+
+// Scales or offsets of row `row` as every 16th word; what: what they are, for the sentence.
+template <ScaleWords kWords>
+void put_words(const char* what, In<float> values, Index row, std::uint8_t* to) {
+  constexpr Index kBytes = kWords == ScaleWords::kFloat32 ? 4 : 2;
+  constexpr const char* kNames[] = {"finite", "bf16 numbers", "fp16 numbers"};
+  const float* from = values.data() + row * values.outerStride();
+  bool good = true;
+  for (Index g = 0; g < values.cols(); ++g)
+    good &= write_word<kWords>(from[g], to + g * kPanelRows * kBytes);
+  for (Index g = 0; !good && g < values.cols(); ++g)
+    require(write_word<kWords>(from[g], to), "[pack_linear] ", what, " must be ",
+            kNames[static_cast<int>(kWords)], ", got ", from[g], " at (", row, ", ", g, ")");
+}
+
+void put_words(const char* what, const PanelLayout& layout, In<float> values, Index row,
+               std::uint8_t* to) {
+  if (layout.scale == ScaleWords::kFloat32)
+    put_words<ScaleWords::kFloat32>(what, values, row, to);
+  else if (layout.scale == ScaleWords::kBf16)
+    put_words<ScaleWords::kBf16>(what, values, row, to);
+  else
+    put_words<ScaleWords::kFp16>(what, values, row, to);
+}
+
+void put_zeros(const PanelLayout& layout, In<float> zeros, Index row, std::uint8_t* to) {
+  const float* from = zeros.data() + row * zeros.outerStride();
+  const bool bytes = layout.zeros == Zeros::kBytes;
+  bool good = true;
+  for (Index g = 0; !bytes && g < zeros.cols(); ++g) good &= from[g] == layout.middle;
+  for (Index g = 0; bytes && g < zeros.cols(); ++g) {
+    const float zero = std::min(std::max(0.0F, from[g]), 255.0F);  // 0 for NaN
+    to[g * kPanelRows] = static_cast<std::uint8_t>(zero);
+    good &= static_cast<float>(to[g * kPanelRows]) == from[g];
+  }
+  for (Index g = 0; !good && g < zeros.cols(); ++g) {
+    const float zero = from[g];
+    require(bytes || zero == layout.middle, "[pack_linear] zeros must all be ", layout.middle,
+            " in a symmetric scheme, got ", zero);
+    require(!bytes || (zero >= 0.0F && zero <= 255.0F && zero == std::floor(zero)),
             "[pack_linear] zeros must be integers from 0 to 255, got ", zero);
   }
 }
@@ -89,72 +117,7 @@ void write_zero(const PanelLayout& layout, float zero, Index cell, std::uint8_t*
 float read_zero(const PanelLayout& layout, Index cell, const std::uint8_t* panel) {
   if (layout.zeros == Zeros::kMiddle) return layout.middle;
   if (layout.zeros == Zeros::kBytes) return static_cast<float>(panel[layout.zeros_at + cell]);
-  return Words::read(layout, panel + layout.zeros_at + cell * word_bytes(layout));
-}
-
-// The words of a row's strip: four quads of a lane to and from the units they share.
-template <int kWidth>
-struct Units {
-  std::uint8_t* at[4];
-  int shift[4];
-  std::uint8_t* high;  // width 3
-  int high_shift;
-
-  Units(const PanelLayout& layout, std::uint8_t* panel, Index strip, Index lane) {
-    std::uint8_t* codes = panel + layout.codes_at + lane * 4;
-    constexpr int kLow = kWidth == 3 ? 2 : kWidth, kPerUnit = 8 / kLow;
-    std::uint8_t* first = codes + strip * kLow / 2 * kLine;
-    if (kWidth == 3) first = codes + (strip / 2 * 3 + strip % 2) * kLine;
-    high = codes + (strip / 2 * 3 + 2) * kLine;
-    high_shift = static_cast<int>(strip % 2 * 4);
-    for (int j = 0; j < 4; ++j) {
-      at[j] = first + j / kPerUnit * kLine;
-      shift[j] = j % kPerUnit * kLow;
-    }
-  }
-};
-
-std::uint32_t word_at(const std::uint8_t* at, int shift, std::uint32_t mask) {
-  std::uint32_t word;
-  std::memcpy(&word, at, 4);
-  return word >> shift & mask;
-}
-
-// Writes the lane's words of a strip. Width 3: the unit that strips share is 0 before its first.
-template <int kWidth>
-void put_strip(const PanelLayout& layout, std::uint8_t* panel, Index strip, Index lane,
-               const std::uint8_t* codes) {
-  const Units<kWidth> units(layout, panel, strip, lane);
-  std::uint32_t quad[4], word = 0;
-  std::memcpy(quad, codes, sizeof quad);
-  if constexpr (kWidth == 3) {
-    std::uint32_t high = 0;
-    if (strip % 2 != 0) std::memcpy(&high, units.high, 4);
-    for (int j = 0; j < 4; ++j) {
-      high |= (quad[j] >> 2 & 0x01010101U) << (units.high_shift + j);
-      quad[j] &= 0x03030303U;
-    }
-    std::memcpy(units.high, &high, 4);
-  }
-  for (int j = 0; j < 4; ++j) {
-    word |= quad[j] << units.shift[j];
-    if (j == 3 || (j + 1) % (8 / (kWidth == 3 ? 2 : kWidth)) == 0) {
-      std::memcpy(units.at[j], &word, 4);
-      word = 0;
-    }
-  }
-}
-
-template <int kWidth>
-void get_strip(const PanelLayout& layout, std::uint8_t* panel, Index strip, Index lane,
-               std::uint8_t* codes) {
-  const Units<kWidth> units(layout, panel, strip, lane);
-  constexpr std::uint32_t mask = (0xFFU >> (8 - (kWidth == 3 ? 2 : kWidth))) * 0x01010101U;
-  for (int j = 0; j < 4; ++j) {
-    std::uint32_t quad = word_at(units.at[j], units.shift[j], mask);
-    if constexpr (kWidth == 3) quad |= word_at(units.high, units.high_shift + j, 0x01010101U) << 2;
-    std::memcpy(codes + 4 * j, &quad, 4);
-  }
+  return read_word(layout, panel + layout.zeros_at + cell * word_bytes(layout));
 }
 
 void require_panels(const char* op, const PanelLayout& layout, Index rows, Index columns,
@@ -164,22 +127,20 @@ void require_panels(const char* op, const PanelLayout& layout, Index rows, Index
           " x ", layout.k, " codes, got ", panels, " x ", bytes, " for ", rows, " x ", columns);
 }
 
-// f(width) of the layout's, as a constant.
-template <class F>
-void with_width(const PanelLayout& layout, const F& f) {
-  if (layout.width == 2) return f(std::integral_constant<int, 2>{});
-  if (layout.width == 3) return f(std::integral_constant<int, 3>{});
-  if (layout.width == 4) return f(std::integral_constant<int, 4>{});
-  f(std::integral_constant<int, 8>{});
+void clear(std::uint8_t* panel, Index begin, Index end) {
+  std::memset(panel + begin, 0, static_cast<std::size_t>(end - begin));
 }
 
-// f(strip, first column, columns) over a row.
-template <class F>
-void each_strip(const PanelLayout& layout, const F& f) {
-  for (Index s = 0; s < layout.strips; ++s) {
-    const Index g = s / layout.group_strips;
-    const Index column = g * layout.group + (s - g * layout.group_strips) * kStrip;
-    f(s, column, std::min({Index{kStrip}, (g + 1) * layout.group - column, layout.k - column}));
+// The scales and zero points of a panel's rows, 0 before.
+void put_sides(const PanelLayout& layout, In<float> scales, In<float> zeros, Index first,
+               Index lanes, std::uint8_t* panel) {
+  for (Index lane = 0; lane < lanes; ++lane) {
+    put_words("scales", layout, scales, first + lane, panel + lane * word_bytes(layout));
+    std::uint8_t* at = panel + layout.zeros_at;
+    if (layout.zeros == Zeros::kOffsets)
+      put_words("zeros", layout, zeros, first + lane, at + lane * word_bytes(layout));
+    else
+      put_zeros(layout, zeros, first + lane, at + lane);
   }
 }
 
@@ -225,32 +186,43 @@ void pack_linear(In<std::uint8_t> codes, In<float> scales, In<float> zeros, int 
   require_codes("pack_linear", n, layout.k, layout.group, scales, zeros);
   parallel_for(panels.rows(), [&](Index p) {
     std::uint8_t* panel = panels.data() + p * panels.outerStride();
-    std::memset(panel, 0, static_cast<std::size_t>(layout.bytes));
     const Index first = p * kPanelRows, lanes = std::min<Index>(kPanelRows, n - first);
+    clear(panel, 0, layout.bytes);
+    put_sides(layout, scales, zeros, first, lanes, panel);
+    const std::uint8_t* from = codes.data() + first * codes.outerStride();
     for (Index lane = 0; lane < lanes; ++lane) {
-      const Index row = first + lane;
-      for (Index g = 0; g < layout.groups; ++g) {
-        const Index cell = g * kPanelRows + lane;
-        require(Words::write(layout, scales(row, g), panel + cell * word_bytes(layout)),
-                "[pack_linear] scales must be ", Words::name(layout), ", got ", scales(row, g),
-                " at (", row, ", ", g, ")");
-        write_zero(layout, zeros(row, g), cell, panel);
-      }
-      const std::uint8_t* from = codes.data() + row * codes.outerStride();
+      const std::uint8_t* row = from + lane * codes.outerStride();
       std::uint8_t all = 0;
-      for (Index j = 0; j < layout.k; ++j) all |= from[j];
+      for (Index j = 0; j < layout.k; ++j) all |= row[j];
       require(all >> bits == 0, "[pack_linear] codes must fit in ", bits, " bits, got ", int(all),
-              " or less in row ", row);
+              " or less in row ", first + lane);
     }
     with_width(layout, [&](auto width) {
-      each_strip(layout, [&](Index strip, Index column, Index columns) {
-        const std::uint8_t* from = codes.data() + first * codes.outerStride() + column;
-        for (Index lane = 0; lane < lanes; ++lane, from += codes.outerStride()) {
-          std::uint8_t padded[kStrip] = {};
-          if (columns < kStrip) std::memcpy(padded, from, static_cast<std::size_t>(columns));
-          put_strip<width>(layout, panel, strip, lane, columns < kStrip ? padded : from);
-        }
-      });
+      put_strips<width>(layout, from, codes.outerStride(), 0, {0, layout.strips}, lanes, panel);
+    });
+  });
+}
+
+void pack_linear_u32(In<std::uint32_t> words, In<float> scales, In<float> zeros, int bits,
+                     const PanelLayout& layout, Out<std::uint8_t> panels) {
+  const Index n = words.rows();
+  require_panels("pack_linear", layout, n, layout.k, panels.rows(), panels.cols());
+  require_codes("pack_linear", n, layout.k, layout.group, scales, zeros);
+  require(bits >= 1 && bits <= layout.width && words.cols() == ceil_div(layout.k * bits, 32),
+          "[pack_linear] words must be ", n, " x ", ceil_div(layout.k * bits, 32), " for rows of ",
+          layout.k, " codes of ", bits, " bits, ", layout.width, " at most, got ", n, " x ",
+          words.cols());
+  parallel_for(panels.rows(), [&](Index p) {
+    std::uint8_t* panel = panels.data() + p * panels.outerStride();
+    const Index first = p * kPanelRows, lanes = std::min<Index>(kPanelRows, n - first);
+    const Index whole = bits == layout.width ? turned_strips(layout) : 0;
+    clear(panel, 0, layout.codes_at);
+    clear(panel, layout.codes_at + whole * bits / 2 * kLine, layout.bytes);
+    put_sides(layout, scales, zeros, first, lanes, panel);
+    const std::uint32_t* from = words.data() + first * words.outerStride();
+    with_width(layout, [&](auto width) {
+      put_turned<width>(layout, from, words.outerStride(), whole, lanes, panel);
+      put_unpacked<width>(layout, from, words.outerStride(), bits, whole, lanes, panel);
     });
   });
 }
@@ -266,12 +238,12 @@ void unpack_linear(In<std::uint8_t> panels, const PanelLayout& layout, Out<std::
       const Index row = p * kPanelRows + lane;
       for (Index g = 0; g < layout.groups; ++g) {
         const Index cell = g * kPanelRows + lane;
-        scales(row, g) = Words::read(layout, panel + cell * word_bytes(layout));
+        scales(row, g) = read_word(layout, panel + cell * word_bytes(layout));
         zeros(row, g) = read_zero(layout, cell, panel);
       }
       std::uint8_t* to = codes.data() + row * codes.outerStride();
       with_width(layout, [&](auto width) {
-        each_strip(layout, [&](Index strip, Index column, Index columns) {
+        each_strip(layout, {0, layout.strips}, [&](Index strip, Index column, Index columns) {
           std::uint8_t padded[kStrip];
           get_strip<width>(layout, panel, strip, lane, padded);
           std::memcpy(to + column, padded, static_cast<std::size_t>(columns));

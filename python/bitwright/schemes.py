@@ -5,6 +5,7 @@ levels; and short names for those that hardware knows."""
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import cast
 
 from bitwright import registry
@@ -30,6 +31,7 @@ def grids() -> dict[str, Grid]:
     return found
 
 
+@lru_cache(maxsize=256)
 def parse(name: str) -> Scheme:
     """The scheme of a name such as "int4-g64" or "int3-channel-asym"; RefusedError if none."""
     match = _NAME.fullmatch(ALIASES.get(name, name))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -54,11 +55,11 @@ class Grid:
     bits: int
     values: tuple[float, ...]
 
-    @property
+    @cached_property
     def uniform(self) -> bool:
         return self.values == tuple(float(c) for c in range(len(self.values)))
 
-    @property
+    @cached_property
     def middles(self) -> tuple[float, ...]:
         """Of a table: a value above middles[i] takes level i + 1 or a higher one."""
         if self.uniform:
@@ -171,34 +172,7 @@ class QTensor:
         if self.codes.ndim != 2 or not self.codes.size:
             got = f"{self.codes.shape} for {self.scheme.name}"
             raise InputError(f"[QTensor] wanted codes (n, k), got {got}")
-        n, k = self.codes.shape
-        want = (n, self.scheme.groups(k))
-        if self.scales.shape != want or self.zeros.shape != want:
-            raise InputError(
-                f"[QTensor] scales and zeros must be {want} for codes {(n, k)} in "
-                f"{self.scheme.name}, got {self.scales.shape} and {self.zeros.shape}"
-            )
-        if self.order is not None and not np.array_equal(np.sort(self.order), np.arange(k)):
-            raise InputError(f"[QTensor] order must have each of {k} columns once, got others")
-        steps = (n, 0) if self.steps is None else self.steps.shape
-        if steps != (n, self.scheme.blocks(k)):
-            wanted = f"{(n, self.scheme.blocks(k))} in {self.scheme.name}"
-            raise InputError(f"[QTensor] steps must be {wanted}, got {steps}")
-        if self.steps is not None:
-            self._require_multiples(self.steps)
-
-    def _require_multiples(self, steps: F32) -> None:
-        blocks = -(-self.scales.shape[1] // self.scheme.block)
-        parts = [(self.scales, steps[:, :blocks])]
-        if self.scheme.offset:
-            parts.append((np.asarray(self.zeros, np.float32), steps[:, blocks:]))
-        for values, units in parts:
-            step = np.repeat(units, self.scheme.block, 1)[:, : values.shape[1]]
-            if not np.array_equal(np.rint(values / step) * step, values):
-                raise InputError(
-                    f"[QTensor] wanted scales and offsets that are multiples of their steps in "
-                    f"{self.scheme.name}, got others"
-                )
+        check_beside(self)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -214,6 +188,32 @@ class QTensor:
         scales, zeros = self.scales[:, column_group], self.zeros[:, column_group]
         W = levels * scales - zeros if self.scheme.offset else (levels - np.float32(zeros)) * scales
         return np.asarray(W if self.order is None else W[:, np.argsort(self.order)], np.float32)
+
+
+def check_beside(q: Any) -> None:
+    """InputError unless scales, zeros, steps and order of a QTensor (or alike) fit its shape and
+    scheme."""
+    (n, k), scheme, steps = q.shape, q.scheme, q.steps
+    want = (n, scheme.groups(k))
+    if q.scales.shape != want or q.zeros.shape != want:
+        raise InputError(
+            f"[QTensor] scales and zeros must be {want} for codes {(n, k)} in {scheme.name}, got "
+            f"{q.scales.shape} and {q.zeros.shape}"
+        )
+    if q.order is not None and not np.array_equal(np.sort(q.order), np.arange(k)):
+        raise InputError(f"[QTensor] order must have each of {k} columns once, got others")
+    wide, got = scheme.blocks(k), (n, 0) if steps is None else steps.shape
+    if got != (n, wide):
+        raise InputError(f"[QTensor] steps must be {(n, wide)} in {scheme.name}, got {got}")
+    if steps is None:
+        return
+    for values, first in ((q.scales, 0), (q.zeros, wide // 2))[: 1 + scheme.offset]:
+        units = np.repeat(steps[:, first:], scheme.block, 1)[:, : values.shape[1]]
+        if not np.array_equal(np.rint(values / units) * units, values):
+            raise InputError(
+                "[QTensor] wanted scales and offsets that are multiples of their steps in "
+                f"{scheme.name}, got others"
+            )
 
 
 @dataclass(frozen=True, eq=False)

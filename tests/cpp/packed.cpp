@@ -52,6 +52,16 @@ RowMajor<std::uint8_t> packed(const Matrix& m, int bits, const PanelLayout& layo
   return panels;
 }
 
+// The same from packed codes.
+RowMajor<std::uint8_t> packed_words(const Matrix& m, int bits, const PanelLayout& layout) {
+  RowMajor<std::uint32_t> words(m.codes.rows(), ceil_div(m.codes.cols() * bits, 32));
+  pack(m.codes, bits, words);
+  RowMajor<std::uint8_t> panels(ceil_div(m.codes.rows(), kPanelRows), layout.bytes);
+  panels.setConstant(0xEE);
+  pack_linear_u32(words, m.scales, m.zeros, bits, layout, panels);
+  return panels;
+}
+
 RowMajor<float> product(const RowMajor<float>& x, const std::vector<const Packed*>& weights,
                         bool fast, bool per_token) {
   Vector<float> y(x.rows() * weights[0]->n);
@@ -86,6 +96,7 @@ void packed_of(const Size& size, const Kind& kind) {
       panel_layout(kind.grid, size.k, size.group, kind.symmetric, kind.scale);
   const RowMajor<std::uint8_t> panels =
       for_every_thread_count([&] { return packed(m, kind.grid.bits, layout); });
+  CHECK(for_every_thread_count([&] { return packed_words(m, kind.grid.bits, layout); }) == panels);
   RowMajor<std::uint8_t> codes(size.n, size.k);
   RowMajor<float> scales(size.n, m.scales.cols()), zeros(size.n, m.scales.cols());
   unpack_linear(panels, layout, codes, scales, zeros);
@@ -111,6 +122,12 @@ void refusals() {
   CHECK(contains(refuse(), "zeros must all be 8 in a symmetric scheme, got 7"));
   m.zeros(4, 1) = 8.0F;
   const RowMajor<std::uint8_t> panels = packed(m, 4, layout);
+  CHECK(contains(refusal([&] { packed_words(m, 5, layout); }),
+                 "words must be 20 x 11 for rows of 70 codes of 5 bits, 4 at most, got 20 x 11"));
+  m.scales(17, 2) = 1.0F + 0x1p-10F;
+  CHECK(contains(refusal([&] { packed_words(m, 4, layout); }),
+                 "scales must be bf16 numbers, got 1.00098 at (17, 2)"));
+  m.scales(17, 2) = 1.0F;
   const RowMajor<std::uint8_t> narrow = panels.leftCols(64);
   CHECK(contains(refusal([&] { Packed(narrow, 20, layout); }), "panels must be 2 x "));
   const Packed w(panels, 20, layout);
@@ -126,6 +143,8 @@ void packed() {
   for (const Kind& kind : kinds()) {
     for (const Size& size : kSizes) packed_of({size.n, size.k, std::min(size.group, size.k)}, kind);
     packed_of({37, 300, 300}, kind);
+    packed_of({33, 300, 8}, kind);
+    packed_of({17, 700, 48}, kind);
   }
   refusals();
 }

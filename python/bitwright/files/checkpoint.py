@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright.files import safetensors
-from bitwright.files.safetensors import Layout, SafetensorsFile
+from bitwright.files.safetensors import Layout, Rows, SafetensorsFile
 from bitwright.spec import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -104,11 +104,24 @@ class Checkpoint:
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """A tensor in memory of its own."""
+        with self.reading():
+            return self._file(name).read(name)
+
+    def rows(self, name: str) -> Rows:
+        """A matrix of which rows are read when they are asked for."""
+        found = self._file(name).rows(name)
+
+        def read(first: int, into: npt.NDArray[Any]) -> None:
+            with self.reading():
+                found.read(first, into)
+
+        return Rows(found.dtype, found.shape, read)
+
+    def _file(self, name: str) -> SafetensorsFile:
         file = self._home.get(name)
         if file is None:
             raise InputError(f"[checkpoint] wanted tensor {name} in {self.path}, found none")
-        with self.reading():
-            return file.read(name)
+        return file
 
 
 class Outline(Checkpoint):
@@ -174,9 +187,9 @@ def _float_of(path: Path, config: Mapping[str, Any]) -> str:
     return name
 
 
-def fetch(get: Callable[[str], npt.NDArray[Any]], layout: Layout) -> dict[str, npt.NDArray[Any]]:
-    """The tensors of `layout`; InputError where one has another dtype or shape."""
-    tensors: dict[str, npt.NDArray[Any]] = {}
+def fetch(get: Callable[[str], Any], layout: Layout) -> dict[str, Any]:
+    """The tensors of `layout`, arrays or Rows; InputError where one has another dtype or shape."""
+    tensors: dict[str, Any] = {}
     for name, (dtype, shape) in layout.items():
         tensors[name] = array = get(name)
         if array.dtype != dtype or array.shape != shape:

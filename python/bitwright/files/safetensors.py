@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +66,31 @@ class Entry:
         return self.end - self.begin
 
 
+class Rows:
+    """A matrix of which rows are read when they are asked for, by a slice, as of an array; all in
+    the same memory: they hold until the next are asked for."""
+
+    def __init__(
+        self,
+        dtype: np.dtype[Any],
+        shape: tuple[int, ...],
+        read: Callable[[int, npt.NDArray[Any]], None],
+    ) -> None:
+        self.dtype, self.shape, self.read = dtype, shape, read
+        self._memory = np.empty((0, *shape[1:]), dtype)
+
+    def view(self, dtype: npt.DTypeLike) -> Rows:
+        """The same bytes as numbers of another type of that size."""
+        return Rows(np.dtype(dtype), self.shape, self.read)
+
+    def __getitem__(self, rows: slice) -> npt.NDArray[Any]:
+        first, end, _ = rows.indices(self.shape[0])
+        if len(self._memory) < end - first:
+            self._memory = np.empty((end - first, *self.shape[1:]), self.dtype)
+        self.read(first, found := self._memory[: end - first])
+        return found
+
+
 class SafetensorsFile:
     """A safetensors file whose header has been checked against the file's size."""
 
@@ -74,6 +100,8 @@ class SafetensorsFile:
             size = path.stat().st_size
             with path.open("rb") as file:
                 header, start = _header(path, file, size)
+                self._descriptor = os.dup(file.fileno())
+            weakref.finalize(self, os.close, self._descriptor)
         except OSError as error:
             raise InputError(f"[safetensors] could not open {path}: {error.strerror}") from error
         self.metadata = _metadata(path, header.pop("__metadata__", {}))
@@ -85,26 +113,46 @@ class SafetensorsFile:
         from the disk meanwhile."""
         if not hasattr(os, "posix_fadvise"):
             return
-        with self.path.open("rb") as file:
-            for entry in (self.entries[name] for name in names):
-                os.posix_fadvise(file.fileno(), entry.begin, entry.nbytes, os.POSIX_FADV_WILLNEED)
+        for entry in (self.entries[name] for name in names):
+            os.posix_fadvise(self._descriptor, entry.begin, entry.nbytes, os.POSIX_FADV_WILLNEED)
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """The tensor of that name, in memory of its own."""
+        entry = self._entry(name)
+        array = np.empty(math.prod(entry.shape), entry.dtype)
+        self._read(name, entry.begin, array)
+        return array.reshape(entry.shape)
+
+    def rows(self, name: str) -> Rows:
+        """The matrix of that name, unread."""
+        entry = self._entry(name)
+        width = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+
+        def read(first: int, into: npt.NDArray[Any]) -> None:
+            self._read(name, entry.begin + first * width, into.reshape(-1))
+
+        return Rows(entry.dtype, entry.shape, read)
+
+    def _read_at(self, begin: int, into: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._descriptor, [into], begin)
+        with self.path.open("rb", buffering=0) as file:  # Windows
+            file.seek(begin)
+            return file.readinto(into) or 0
+
+    def _entry(self, name: str) -> Entry:
         entry = self.entries.get(name)
         if entry is None:
             raise InputError(f"[safetensors] wanted tensor {name} in {self.path}, found none")
-        array = np.empty(math.prod(entry.shape), entry.dtype)
-        view = array.view(np.uint8).data
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(entry.begin)
-            done = 0
-            while done < len(view):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise InputError(f"[safetensors] {self.path} ends inside tensor {name}")
-                done += count
-        return array.reshape(entry.shape)
+        return entry
+
+    def _read(self, name: str, begin: int, array: npt.NDArray[Any]) -> None:
+        view, done = array.view(np.uint8).data, 0
+        while done < len(view):
+            count = self._read_at(begin + done, view[done:])
+            if not count:
+                raise InputError(f"[safetensors] {self.path} ends inside tensor {name}")
+            done += count
 
 
 def _header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:

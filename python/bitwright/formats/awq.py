@@ -94,6 +94,16 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     return QTensor(codes, factors, zeros, wanted)
 
 
+def stored(
+    name: str,
+    get: Getter,
+    config: Mapping[str, Any],
+    rows: Callable[[str], Any] | None = None,  # noqa: ARG001
+) -> QTensor:
+    """The same: its codes have another order in the file."""
+    return read(name, get, config)
+
+
 def quantized(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:  # noqa: ARG001
     """Module paths of the quantized linears among these tensor names."""
     return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]

@@ -146,6 +146,16 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     return QTensor(codes, scales, zeros, scheme(name, config, get))
 
 
+def stored(
+    name: str,
+    get: Getter,
+    config: Mapping[str, Any],
+    rows: Callable[[str], Any] | None = None,  # noqa: ARG001
+) -> QTensor:
+    """The same: its codes have another order in the file."""
+    return read(name, get, config)
+
+
 def quantized(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """Module paths of the quantized linears among these tensor names."""
     end = ".SCB" if _kind(config) == "int8" else f"{STATE}{_kind(config)}"

@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -51,6 +51,7 @@ STORED: Mapping[ScaleGrid, np.dtype[Any]] = {
 FLOATS: tuple[ScaleGrid, ...] = ("bf16", "fp16", "fp32")
 Array = npt.NDArray[Any]
 Getter = Callable[[str], Array]
+Q = TypeVar("Q", bound=QTensor | ops.QWords)
 
 
 def refuse(targets: Sequence[Target], arch: Arch) -> str | None:  # noqa: ARG001
@@ -106,7 +107,7 @@ def _units(steps: Array, scheme: Scheme, groups: int, offsets: bool) -> npt.NDAr
     return units
 
 
-def _stored(q: QTensor) -> Array:
+def _stored(q: QTensor | ops.QWords) -> Array:
     kind, scales, multiples = q.scheme.scale, q.scales, _multiples(q.scheme)
     if multiples is not None and q.steps is not None:
         units = _units(q.steps, q.scheme, scales.shape[1], offsets=False)
@@ -129,7 +130,7 @@ def _scales(stored: Array, kind: ScaleGrid, whole: float) -> npt.NDArray[np.floa
     return stored.astype(np.float32)
 
 
-def _stored_zeros(q: QTensor) -> Array:
+def _stored_zeros(q: QTensor | ops.QWords) -> Array:
     if not q.scheme.offset:
         return q.zeros
     if q.steps is None:
@@ -138,7 +139,7 @@ def _stored_zeros(q: QTensor) -> Array:
     return np.rint(q.zeros / units).astype(np.uint8)
 
 
-def exact(name: str, q: QTensor) -> QTensor:
+def exact(name: str, q: Q) -> Q:
     """The same weight in a scheme whose type of scales holds them as they are: what other tools
     write in fp16 or fp32 need not be bf16 numbers."""
     if not (np.isfinite(q.scales).all() and np.isfinite(q.zeros).all()):
@@ -147,9 +148,16 @@ def exact(name: str, q: QTensor) -> QTensor:
         return q
     numbers = [q.scales, q.zeros] if q.scheme.offset else [q.scales]
     for kind in FLOATS[FLOATS.index(q.scheme.scale) :]:
-        if all(np.array_equal(x.astype(STORED[kind]).astype(np.float32), x) for x in numbers):
-            return replace(q, scheme=replace(q.scheme, scale=kind))
+        if all(_holds(kind, x) for x in numbers):
+            return q if kind == q.scheme.scale else replace(q, scheme=replace(q.scheme, scale=kind))
     return q
+
+
+def _holds(kind: ScaleGrid, x: npt.NDArray[Any]) -> bool:
+    """Whether finite numbers are of that type: bf16 is the upper half of fp32."""
+    if kind == "bf16":
+        return not (x.view(np.uint32) & 0xFFFF).any()
+    return np.array_equal(x.astype(STORED[kind]).astype(np.float32), x)
 
 
 def write(name: str, q: QTensor, dtype: np.dtype[Any]) -> dict[str, Array]:  # noqa: ARG001
@@ -158,14 +166,18 @@ def write(name: str, q: QTensor, dtype: np.dtype[Any]) -> dict[str, Array]:  # n
     return {f"{name}.codes": codes, **beside(name, q)}
 
 
-def beside(name: str, q: QTensor) -> dict[str, Array]:
+def beside(name: str, q: QTensor | ops.QWords) -> dict[str, Array]:
     """Those beside its codes."""
-    tensors: dict[str, Array] = {
-        f"{name}.scales": _stored(q),
-        f"{name}.shape": np.array(q.shape, np.int64),
-    }
+    rest = extras(name, q)
+    tensors = {f"{name}.scales": _stored(q), f"{name}.shape": rest[f"{name}.shape"]}
     if not q.scheme.symmetric:
         tensors[f"{name}.zeros"] = _stored_zeros(q)
+    return tensors | rest
+
+
+def extras(name: str, q: QTensor | ops.QWords) -> dict[str, Array]:
+    """Those beside its codes, scales and zero points."""
+    tensors: dict[str, Array] = {f"{name}.shape": np.array(q.shape, np.int64)}
     if q.steps is not None:
         tensors[f"{name}.steps"] = q.steps.astype(STORED[q.scheme.scale])
     if q.scheme.scale == "e4m3":
@@ -190,6 +202,13 @@ def scheme(
 
 def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     """The linear `name` of a checkpoint whose tensors `get` gives."""
+    return ops.unpacked(stored(name, get, config))
+
+
+def stored(
+    name: str, get: Getter, config: Mapping[str, Any], rows: Callable[[str], Any] | None = None
+) -> ops.QWords:
+    """The same, its codes packed as they are; rows: what gives them row by row (None: `get`)."""
     wanted, size = scheme(name, config), get(f"{name}.shape")
     if size.shape != (2,) or size.dtype.kind != "i" or (size < 1).any():
         raise InputError(f"[bitwright] wanted n and k in {name}.shape, got {size.tolist()}")
@@ -197,13 +216,13 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     expected = layout(name, (n, k), wanted, ops.BFLOAT16)
     if name in (config.get("ordered") or ()):
         expected[f"{name}.order"] = (np.dtype(np.int32), (k,))
-    tensors, whole = fetch(get, expected), 1.0
+    codes, rows = f"{name}.codes", rows or get
+    tensors, whole = fetch(lambda key: rows(key) if key == codes else get(key), expected), 1.0
     if wanted.scale == "e4m3":
         whole = float(tensors[f"{name}.global_scale"][0])
         if not 0.0 < whole < np.inf:
             raise InputError(f"[bitwright] wanted a positive {name}.global_scale, got {whole}")
-    words = np.ascontiguousarray(tensors[f"{name}.codes"]).view(np.uint32)
-    codes, groups = ops.unpack(words, wanted.bits, k), wanted.groups(k)
+    words, groups = tensors[codes].view(np.uint32), wanted.groups(k)
     scales, zeros, steps = tensors[f"{name}.scales"], tensors.get(f"{name}.zeros"), None
     if wanted.block:
         steps = tensors[f"{name}.steps"].astype(np.float32)
@@ -216,7 +235,7 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
         middle = 1 << (wanted.bits - 1) if wanted.grid.uniform else 0
         zeros = np.full((n, groups), middle, np.uint8)
     zeros = zeros.astype(np.float32) if wanted.offset else zeros
-    return QTensor(codes, scales, zeros, wanted, whole, steps, tensors.get(f"{name}.order"))
+    return ops.QWords(words, k, scales, zeros, wanted, whole, steps, tensors.get(f"{name}.order"))
 
 
 def quantized(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:  # noqa: ARG001

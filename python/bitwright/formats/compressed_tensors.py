@@ -225,6 +225,14 @@ def _matches(pattern: str, name: str) -> bool:
 
 def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     """The linear `name` of a checkpoint whose tensors `get` gives."""
+    return ops.unpacked(stored(name, get, config))
+
+
+def stored(
+    name: str, get: Getter, config: Mapping[str, Any], rows: Callable[[str], Any] | None = None
+) -> QTensor | ops.QWords:
+    """The same, its codes packed as they are where they can be taken so; rows: what gives them row
+    by row (None: `get`)."""
     settings = _settings(name, config)
     kind = "float" if settings is None else settings["format"]
     if settings is None or kind not in ("pack-quantized", *WHOLE_BYTES):
@@ -242,8 +250,9 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     expected, order = layout(name, (n, k), wanted, dtype), None
     if settings.get("actorder") == "group":
         expected[f"{name}.weight_g_idx"] = (np.dtype(np.int32), (k,))
-    tensors = fetch(get, expected)
-    codes = ops.unpack(tensors[f"{name}.weight_packed"].view(np.uint32), wanted.bits, k)
+    codes, rows = f"{name}.weight_packed", rows or get
+    tensors = fetch(lambda key: rows(key) if key == codes else get(key), expected)
+    packed = tensors[codes].view(np.uint32)
     scales = tensors[f"{name}.weight_scale"].astype(np.float32)
     if wanted.symmetric:
         zeros = np.full(scales.shape, 1 << (wanted.bits - 1), np.uint8)
@@ -252,8 +261,10 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
         zeros = np.ascontiguousarray(ops.unpack(words, wanted.bits, n).T)
     if f"{name}.weight_g_idx" in tensors:
         order = act_order(f"{name}.weight_g_idx", tensors[f"{name}.weight_g_idx"], wanted)
-    codes = codes if order is None else np.ascontiguousarray(codes[:, order])
-    return QTensor(codes, scales, zeros, wanted, order=order)
+    if order is None:
+        return ops.QWords(packed, k, scales, zeros, wanted)
+    ordered = np.ascontiguousarray(ops.unpack(packed[:], wanted.bits, k)[:, order])
+    return QTensor(ordered, scales, zeros, wanted, order=order)
 
 
 def _read_bytes(name: str, get: Getter, wanted: Scheme) -> QTensor:

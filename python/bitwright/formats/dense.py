@@ -70,9 +70,16 @@ class Dense:
 
     def quantized(self, module: str) -> QTensor:
         """The QTensor of a quantized module."""
+        return ops.unpacked(self.stored(module))
+
+    def stored(self, module: str) -> QTensor | ops.QWords:
+        """The same, its codes packed and unread where the format can do so."""
         if self.format is None:
             raise InputError(f"[dense] wanted {module} quantized, {self.checkpoint.path} is float")
-        q: QTensor = self.format.read(module, self.checkpoint.read, self.config)
+        checkpoint = self.checkpoint
+        q: QTensor | ops.QWords = self.format.stored(
+            module, checkpoint.read, self.config, checkpoint.rows
+        )
         return q
 
     def read(self, name: str) -> npt.NDArray[Any]:

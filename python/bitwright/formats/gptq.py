@@ -218,6 +218,16 @@ def _missing(config: Mapping[str, Any]) -> int:
 
 def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     """The linear `name` of a checkpoint whose tensors `get` gives."""
+    return ops.unpacked(stored(name, get, config))
+
+
+def stored(
+    name: str,
+    get: Getter,
+    config: Mapping[str, Any],
+    rows: Callable[[str], Any] | None = None,  # noqa: ARG001
+) -> QTensor | ops.QWords:
+    """The same, its codes packed as they are where columns are in order."""
     wanted, missing = scheme(name, config), _missing(config)
     groups, scales = get(f"{name}.g_idx"), get(f"{name}.scales")
     if groups.ndim != 1 or scales.ndim != 2 or not groups.size or scales.dtype not in FLOATS:
@@ -231,13 +241,15 @@ def read(name: str, get: Getter, config: Mapping[str, Any]) -> QTensor:
     tensors = fetch(get, expected)
     order = act_order(f"{name}.g_idx", groups, wanted)
     words = np.ascontiguousarray(tensors[f"{name}.qweight"].T).view(np.uint32)
-    codes = ops.unpack(words, wanted.bits, k)
-    codes = codes if order is None else np.ascontiguousarray(codes[:, order])
     packed = np.ascontiguousarray(tensors[f"{name}.qzeros"]).view(np.uint32)
-    stored = np.ascontiguousarray(ops.unpack(packed, wanted.bits, n).T)
-    _check_zeros(name, stored, wanted, missing)
+    zeros = np.ascontiguousarray(ops.unpack(packed, wanted.bits, n).T)
+    _check_zeros(name, zeros, wanted, missing)
     values = np.ascontiguousarray(scales.T.astype(np.float32))
-    return QTensor(codes, values, stored + np.uint8(missing), wanted, order=order)
+    zeros += np.uint8(missing)
+    if order is None:
+        return ops.QWords(words, k, values, zeros, wanted)
+    codes = np.ascontiguousarray(ops.unpack(words, wanted.bits, k)[:, order])
+    return QTensor(codes, values, zeros, wanted, order=order)
 
 
 def _check_zeros(name: str, stored: Array, wanted: Scheme, missing: int) -> None:

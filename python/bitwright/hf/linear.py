@@ -53,7 +53,7 @@ class QuantLinear(nn.Module):
     """A quantized (out_features, in_features) matrix in place of a Linear or Conv1D.
 
     scheme: a Scheme or its name. ordered: its columns have an order of their own. The buffers are
-    empty until loaded; `of` makes one from a QTensor.
+    empty until loaded, to_fill=False: not there until packed; `of` makes one from a QTensor.
     """
 
     codes: torch.Tensor
@@ -73,6 +73,7 @@ class QuantLinear(nn.Module):
         ordered: bool = False,
         mode: Mode = "fast",
         activations: Activations = "group",
+        to_fill: bool = True,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -80,7 +81,8 @@ class QuantLinear(nn.Module):
         self.ordered, self.whole = ordered, 1.0
         self.set_mode(mode, activations)
         for name, (kind, shape) in self.layout().items():
-            self.register_buffer(name, torch.zeros(shape, dtype=TORCH_TYPES[kind]))
+            made = torch.zeros(shape, dtype=TORCH_TYPES[kind]) if to_fill else None
+            self.register_buffer(name, made)
         self.register_buffer("panels", None, persistent=False)
         self.transposed = False
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None
@@ -89,15 +91,20 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def of(
-        cls, q: QTensor, bias: torch.Tensor | None = None, mode: Mode = "fast",
+        cls, q: QTensor | ops.QWords, bias: torch.Tensor | None = None, mode: Mode = "fast",
         activations: Activations = "group",
     ) -> QuantLinear:  # fmt: skip
-        """The layer of a QTensor, packed."""
+        """The layer of a quantized matrix, packed."""
         n, k = q.shape
-        with torch.device("meta"):
-            layer = cls(
-                k, n, q.scheme, ordered=q.order is not None, mode=mode, activations=activations
-            )
+        layer = cls(
+            k,
+            n,
+            q.scheme,
+            ordered=q.order is not None,
+            mode=mode,
+            activations=activations,
+            to_fill=False,
+        )
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
         layer.hold(q)
@@ -142,7 +149,7 @@ class QuantLinear(nn.Module):
         """Where PEFT looks for the device of a quantized layer."""
         return self.panels
 
-    def hold(self, q: QTensor) -> None:
+    def hold(self, q: QTensor | ops.QWords) -> None:
         """Take the weight q, in panels, and its side tensors as in the file."""
         shape = (self.out_features, self.in_features)
         if q.shape != shape or q.scheme.name != self.scheme.name:
@@ -151,10 +158,9 @@ class QuantLinear(nn.Module):
                 f"{q.scheme.name}"
             )
         names = list(self.layout())
-        sides = [name for name in names if name not in PACKED]
-        tensors = own.beside("", q) if sides else {}
+        tensors = own.extras("", q)
         for name in names:
-            self._buffers[name] = as_tensor(tensors[f".{name}"]) if name in sides else None
+            self._buffers[name] = None if name in PACKED else as_tensor(tensors[f".{name}"])
         self.panels, self.whole = torch.from_numpy(ops.pack_linear(q).panels), q.global_scale
         self.matrix()
         for tensor in (*self._buffers.values(), self.bias):
@@ -174,7 +180,7 @@ class QuantLinear(nn.Module):
         """Pack what a loader has filled; `name` stands in messages."""
         found = {f"{name}.{key}": ops.as_numpy(self._buffers[key]) for key in self.layout()}
         config = {"scheme": self.scheme.name, "ordered": [name] if self.ordered else []}
-        self.hold(own.read(name, found.__getitem__, config))
+        self.hold(own.stored(name, found.__getitem__, config))
 
     def quantized(self) -> QTensor:
         """The weight as codes, scales and zero points."""

@@ -1,9 +1,11 @@
 """A quantized folder as a transformers model on the CPU kernels.
 
-The model is built empty, from config.json alone. Each quantized linear is read, packed and dropped
-before the next is read, so that memory holds the packed weights and one layer; other tensors are
-read in the dtype that the model runs in. Weights are those of the format's own formula, whatever
-engine the folder was made for. The result saves (`save_pretrained`) in format `bitwright`.
+The model is built empty, from config.json alone. One quantized linear is read and packed after the
+other; where the format has codes along a row, without an order of columns, a megabyte of them at a
+time goes from the file into the panels, so that memory holds the packed weights and the scales of
+one linear. Other tensors are read in the dtype that the model runs in. Weights are those of the
+format's own formula, whatever engine the folder was made for. The result saves (`save_pretrained`)
+in format `bitwright`.
 """
 
 from __future__ import annotations
@@ -125,7 +127,7 @@ def _replace(
             raise InputError(
                 f"[load] wanted linears quantized, got {path}, {type(module).__name__}"
             )
-        q = own.exact(home, view.quantized(home))
+        q = own.exact(home, view.stored(home))
         if q.shape != shape_of(module):
             raise InputError(
                 f"[load] wanted {home} of shape {shape_of(module)} as the config asks, got "

@@ -7,7 +7,6 @@ and torch.compile: its gradient goes to x alone, grad W with W dequantized, one 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, Literal, cast
 
 import numpy.typing as npt
@@ -15,15 +14,10 @@ import torch
 
 from bitwright import ops, schemes
 from bitwright.calib.skeleton import as_tensor
-from bitwright.spec import InputError, Scheme
+from bitwright.spec import InputError
 
 Mode = Literal["fast", "exact"]
 Activations = Literal["group", "token"]
-
-
-@lru_cache(maxsize=256)
-def _scheme(name: str) -> Scheme:
-    return schemes.parse(name)
 
 
 def matrix(
@@ -31,7 +25,7 @@ def matrix(
 ) -> ops.PackedMatrix:
     """The (n, k) matrix on the memory of its panels; steps and whole as in a QTensor."""
     known = None if steps is None else ops.as_numpy(steps.to(torch.float32))
-    return ops.PackedMatrix(ops.as_numpy(panels), _scheme(scheme), (n, k), whole, known)
+    return ops.PackedMatrix(ops.as_numpy(panels), schemes.parse(scheme), (n, k), whole, known)
 
 
 def product(

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from bitwright import ops
+from bitwright.calib import hollow
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.hf.generation import peak_rss
 from bitwright.hf.load import load
@@ -67,7 +68,8 @@ class Speed:
 
 @dataclass(frozen=True)
 class Measured:
-    """read_seconds: of the files' bytes, just before they were loaded; bytes: of the files."""
+    """load_seconds: of loading, imports not counted; read_seconds: of the files' bytes, just before
+    they were loaded; bytes: of the files."""
 
     speeds: tuple[Speed, ...]
     load_seconds: float
@@ -100,6 +102,12 @@ def read(folder: Path) -> tuple[float, int]:
             while part := stream.read(CHUNK):
                 total += len(part)
     return time.perf_counter() - begin, total
+
+
+def import_model(folder: str) -> None:
+    """Import the class of a folder's model, as transformers does when it is first asked for."""
+    known: Any = AutoModelForCausalLM._model_mapping
+    known.get(type(hollow.read_config(Path(folder))), None)
 
 
 def open_model(wish: Wish) -> PreTrainedModel:
@@ -166,6 +174,7 @@ def measure(wish: Wish) -> Measured:
     """Load the contender and time it."""
     torch.set_num_threads(ops.set_threads(max(wish.threads)))
     reading, count = read(Path(wish.folder))
+    import_model(wish.folder)
     begin = time.perf_counter()
     model = open_model(wish)
     loading = time.perf_counter() - begin

@@ -66,3 +66,5 @@ from bitwright.ops.threads import multiplies_bf16 as multiplies_bf16
 from bitwright.ops.threads import resolve_threads as resolve_threads
 from bitwright.ops.threads import set_threads as set_threads
 from bitwright.ops.threads import threads as threads
+from bitwright.ops.words import QWords as QWords
+from bitwright.ops.words import unpacked as unpacked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
@@ -65,6 +66,7 @@ def check_bits(what: str, bits: int) -> int:
     return bits
 
 
+@lru_cache(maxsize=256)
 def core_grid(scheme: Scheme) -> _core.Grid:
     grid = scheme.grid
     levels = [] if grid.uniform else list(grid.values)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Literal, overload
 
@@ -22,12 +23,15 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright import _core
-from bitwright.ops.arrays import BFLOAT16, core_grid, matrix, parts, zeros_out
+from bitwright.ops.arrays import BFLOAT16, core_grid, matrix, zeros_in, zeros_out
+from bitwright.ops.threads import threads
+from bitwright.ops.words import QWords
 from bitwright.spec import F32, U8, InputError, QTensor, RefusedError, Scheme
 
 PANEL_ROWS = 16
 FLOAT32: np.dtype[Any] = np.dtype(np.float32)
 LINE = 64  # bytes that panels are aligned to
+PIECE = 1 << 20  # bytes of words that a thread packs at a time
 Mode = Literal["exact", "fast"]
 Activations = Literal["group", "token"]
 
@@ -83,6 +87,7 @@ class PackedMatrix:
         return cls(aligned, scheme, shape, global_scale, steps)
 
 
+@lru_cache(maxsize=256)
 def _layout(scheme: Scheme, k: int) -> Any:
     if len(scheme.grid.values) > 16 and not scheme.grid.uniform:
         raise RefusedError(f"[linear] wanted a table of at most 16 levels, got {scheme.grid.name}")
@@ -97,7 +102,9 @@ def _layout(scheme: Scheme, k: int) -> Any:
     )
 
 
-def pack_linear(q: QTensor, into: PackedMatrix | None = None, row: int = 0) -> PackedMatrix:
+def pack_linear(
+    q: QTensor | QWords, into: PackedMatrix | None = None, row: int = 0
+) -> PackedMatrix:
     """`q` in panels; or with `into`, its rows from `row` on, so that a matrix is packed a few rows
     at a time. row, and the rows of q unless they are the last, are multiples of 16."""
     if into is None:
@@ -112,10 +119,27 @@ def pack_linear(q: QTensor, into: PackedMatrix | None = None, row: int = 0) -> P
         )
     if q.scheme != into.scheme:
         raise InputError(f"[pack_linear] wanted rows in {into.scheme.name}, got {q.scheme.name}")
-    codes, scales, zeros, _ = parts("pack_linear", q)
-    panels = into.panels[row // PANEL_ROWS : -(-end // PANEL_ROWS)]
-    _core.pack_linear(codes, scales, zeros, q.scheme.bits, into.layout, panels)
+    step = _rows_at_a_time(q)
+    for first in range(0, n, step):
+        rows = slice(first, min(first + step, n))
+        scales = matrix("pack_linear", q.scales[rows], np.float32)
+        told = scales, zeros_in("pack_linear", q.zeros[rows], q.scheme), q.scheme.bits, into.layout
+        panels = into.panels[(row + first) // PANEL_ROWS : -(-(row + rows.stop) // PANEL_ROWS)]
+        if isinstance(q, QWords):
+            _core.pack_linear_u32(matrix("pack_linear", q.words[rows], np.uint32), *told, panels)
+        else:
+            _core.pack_linear(matrix("pack_linear", q.codes[rows], np.uint8), *told, panels)
     return into
+
+
+def _rows_at_a_time(q: QTensor | QWords) -> int:
+    """All rows of codes in memory; of words so many that they stay in the caches they are read to,
+    for every thread."""
+    if isinstance(q, QTensor):
+        return q.shape[0]
+    panel = PANEL_ROWS * q.words.shape[1] * 4
+    panels: int = max(threads() * PIECE // panel, 1)
+    return panels * PANEL_ROWS
 
 
 def unpack_linear(packed: PackedMatrix) -> QTensor:
