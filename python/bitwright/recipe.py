@@ -137,9 +137,9 @@ def _require_options(recipe: Recipe) -> None:
 
 
 def solver_options(recipe: Recipe) -> dict[str, Any]:
-    """The solver's keywords: those of the effort at the scheme's bits, then the recipe's own."""
+    """The solver's keywords: those of the effort, then the recipe's own."""
     solver = registry.get("solvers", solver_of(recipe.method))
-    return {**solver.effort(recipe.effort, schemes.parse(recipe.scheme).bits), **recipe.options}
+    return {**solver.EFFORTS[recipe.effort], **recipe.options}
 
 
 def solver_of(method: str) -> str:

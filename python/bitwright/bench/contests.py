@@ -179,7 +179,7 @@ def _solve(p: Problem, effort: str, n: int) -> Contest:
 
     def work() -> None:
         prepared = gptq.prepare(stats, scheme)
-        gptq.solve(W, stats, scheme, prepared=prepared, **gptq.effort(effort, scheme.bits))
+        gptq.solve(W, stats, scheme, prepared=prepared, **gptq.EFFORTS[effort])
 
     flops = float(k) ** 3 / 3 + float(n) * k * k
     return Contest(f"solve {effort}", f"{n} x {k}", flops, "float32", {OURS: again(work)})

@@ -17,7 +17,7 @@ from bitwright.spec import F32, F64, Held, InputError, Stats
 
 ALPHA = 0.5
 RESIDUAL = 0.125
-LOW_BITS = {1: 0.25, 2: 0.25}  # r by bits, else RESIDUAL
+LOW_BITS = {1: 0.375, 2: 0.375, 3: 0.25}  # r by bits, else RESIDUAL
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 

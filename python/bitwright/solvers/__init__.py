@@ -2,8 +2,7 @@
 
 A module says with NEEDS_H whether it wants Stats with H. `prepare(stats, scheme, **options)`
 computes what all matrices with these inputs share; `solve` takes it as `prepared`.
-`effort(name, bits)` gives the options that a name in EFFORTS stands for, `check(options)` refuses
-what `solve` could not use.
+EFFORTS names sets of options, `check(options)` refuses what `solve` could not use.
 """
 
 NAMES = ("rtn", "gptq")

@@ -20,11 +20,6 @@ SCALES = ("minmax", "mse", "clip")
 EFFORTS: Mapping[str, Mapping[str, Any]] = {"fast": {}, "default": {}, "max": {}}
 
 
-def effort(name: str, bits: int) -> Mapping[str, Any]:  # noqa: ARG001
-    """The options that an effort stands for."""
-    return EFFORTS[name]
-
-
 def check(options: Mapping[str, Any]) -> None:
     """InputError for an option that `solve` could not use."""
     scales = options.get("scales", "minmax")
