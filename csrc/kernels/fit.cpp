@@ -136,34 +136,45 @@ void fit_group(const FitOptions& options, std::int64_t columns, const float* w, 
 
 namespace {
 
-// Load and store of the first `count` lanes; the others are 0, which no range minds.
+// The first `count` lanes; the others are 0, which no range minds.
 inline VF load_some(const float* from, std::int64_t count) {
   VF value = {};
-  if (count >= kF32) return load<VF>(from);
   for (std::int64_t lane = 0; lane < count; ++lane) value[lane] = from[lane];
   return value;
 }
 
-inline void store_codes(std::uint8_t* to, VF code, std::int64_t count) {
-  using Bytes = std::uint8_t __attribute__((vector_size(kF32)));
-  const Bytes bytes = __builtin_convertvector(__builtin_convertvector(code, VI), Bytes);
-  if (count >= kF32) return store(to, bytes);
-  for (std::int64_t lane = 0; lane < count; ++lane) to[lane] = bytes[lane];
+using Codes = std::uint8_t __attribute__((vector_size(kF32)));
+inline Codes codes_of(const FitOptions& options, VF value, const Pair& at) {
+  const VF code = to_grid<false>(value / at.scale, at.zero, options.coding).code;
+  return __builtin_convertvector(__builtin_convertvector(code, VI), Codes);
+}
+
+// pick over all lanes, half against half.
+template <int kLanes, class Pick>
+inline float across(const float* lanes, const Pick& pick) {
+  if constexpr (kLanes == 1) {
+    return *lanes;
+  } else {
+    float left[kLanes / 2];
+    for (int i = 0; i < kLanes / 2; ++i) left[i] = pick(lanes[i], lanes[i + kLanes / 2]);
+    return across<kLanes / 2>(left, pick);
+  }
 }
 
 inline Range range_along(std::int64_t columns, const float* w) {
   Range r = {VF{}, VF{}};
-  for (std::int64_t j = 0; j < columns; j += kF32) {
-    const VF value = load_some(w + j, columns - j);
+  const auto widen = [&](VF value) {
     r.low = minimum(r.low, value);
     r.high = maximum(r.high, value);
-  }
-  float low = 0.0F, high = 0.0F;
-  for (int lane = 0; lane < kF32; ++lane) {
-    low = r.low[lane] < low ? r.low[lane] : low;
-    high = r.high[lane] > high ? r.high[lane] : high;
-  }
-  return {broadcast<VF>(low), broadcast<VF>(high)};
+  };
+  std::int64_t j = 0;
+  for (; j + kF32 <= columns; j += kF32) widen(load<VF>(w + j));
+  if (j < columns) widen(load_some(w + j, columns - j));
+  float low[kF32], high[kF32];
+  store(low, r.low);
+  store(high, r.high);
+  return {broadcast<VF>(across<kF32>(low, [](float a, float b) { return a < b ? a : b; })),
+          broadcast<VF>(across<kF32>(high, [](float a, float b) { return a > b ? a : b; }))};
 }
 
 }  // namespace
@@ -171,15 +182,15 @@ inline Range range_along(std::int64_t columns, const float* w) {
 void round_row(const FitOptions& options, std::int64_t k, std::int64_t group, const float* w,
                float* scale, float* zero, std::uint8_t* codes) {
   for (std::int64_t first = 0; first < k; first += group, ++scale, ++zero) {
-    const std::int64_t columns = k - first < group ? k - first : group;
-    const Pair at = pair_of(options, range_along(columns, w + first), 0, 0);
+    const std::int64_t end = k - first < group ? k : first + group;
+    const Pair at = pair_of(options, range_along(end - first, w + first), 0, 0);
     *scale = at.scale[0];
     *zero = at.zero[0];
-    for (std::int64_t j = first; j < first + columns; j += kF32) {
-      const VF value = load_some(w + j, first + columns - j);
-      const Rounded nearest = to_grid<false>(value / at.scale, at.zero, options.coding);
-      store_codes(codes + j, nearest.code, first + columns - j);
-    }
+    std::int64_t j = first;
+    for (; j + kF32 <= end; j += kF32) store(codes + j, codes_of(options, load<VF>(w + j), at));
+    if (j == end) continue;
+    const Codes rest = codes_of(options, load_some(w + j, end - j), at);
+    for (std::int64_t lane = 0; j < end; ++j, ++lane) codes[j] = rest[lane];
   }
 }
 

@@ -28,8 +28,8 @@ inline VF to_scale_grid(VF s, const ScaleGrid& grid, const float* step) {
     bits = (bits + (low >> 1) + ((bits >> grid.mantissa_drop) & 1)) & ~low;
     s = (VF)bits;
   }
-  return minimum(maximum(s, broadcast<VF>(grid.smallest)), broadcast<VF>(grid.largest)) /
-         grid.global;
+  s = minimum(maximum(s, broadcast<VF>(grid.smallest)), broadcast<VF>(grid.largest));
+  return grid.global == 1.0F ? s : s / grid.global;
 }
 
 inline VF to_offset_grid(VF o, const ScaleGrid& grid, const float* step) {

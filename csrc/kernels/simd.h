@@ -33,15 +33,17 @@ using VI = std::int32_t __attribute__((vector_size(kBytes)));
 inline constexpr int kF32 = kBytes / 4, kF64 = kBytes / 8;
 inline constexpr int kNrF32 = kVectors * kF32, kNrF64 = kVectors * kF64;
 
+template <class V>
+struct __attribute__((packed, may_alias)) Unaligned {
+  V value;
+};
 template <class V, class T>
 inline V load(const T* from) {
-  V value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
+  return reinterpret_cast<const Unaligned<V>*>(from)->value;
 }
 template <class V, class T>
 inline void store(T* to, V value) {
-  std::memcpy(to, &value, sizeof value);
+  reinterpret_cast<Unaligned<V>*>(to)->value = value;
 }
 template <class V, class T>
 inline V broadcast(T value) {

@@ -20,8 +20,6 @@ namespace {
 
 constexpr Index kPanelsPerBlock = 8;
 constexpr Index kPanelsPerTask = 16;  // at most: their columns of the block stay in L2
-constexpr Index kTasksPerThread = 3;  // at least, where there are as many panels
-constexpr Index kChain = 128;         // columns of a tile call: its right operand stays in L1
 constexpr Index kAtOnce = 8;          // rows loaded, a cache line of each column
 constexpr Index kLine = 8;            // doubles
 
@@ -104,8 +102,7 @@ class Cholesky {
   // f(begin, end) for parts of the panels from `first` on.
   template <class F>
   void for_panels(Index first, const F& f) {
-    const Index parts = kTasksPerThread * thread_count().load();
-    const Index size = std::clamp<Index>((panels() - first) / parts, 1, kPanelsPerTask);
+    const Index size = panels_of_task(panels() - first, kPanelsPerTask);
     parallel_for(ceil_div(panels() - first, size), [&](Index task) {
       const Index begin = first + task * size;
       f(begin, std::min(panels(), begin + size));

@@ -288,8 +288,8 @@ void multiply_tiles(const Packed& w, Index begin, Index end, const LeftSlices& l
       table().dequantize(w.layout, w.panels + p * w.layout.bytes, s, stop,
                          static_cast<int>(p - begin), depth, right.get());
     for (Index i = 0; i < left.slices() * operands; ++i)
-      table().tile_f32(depth, left.slice(i / operands) + column * mr, mr,
-                       right + i % operands * depth * nr, c + i * mr * nr, nr);
+      left.add(i / operands, column, column + depth, right + i % operands * depth * nr,
+               c + i * mr * nr);
   }
 }
 
@@ -300,12 +300,13 @@ void run_many(In<T> x, const std::vector<const Packed*>& weights, T* y) {
   if constexpr (!std::is_same_v<T, float>)
     for (Index i = 0; i < t; ++i)
       widen_row(x.data() + i * x.outerStride(), x.cols(), wide + i * x.cols());
-  const LeftSlices left(x.cols(), t, [&](Index p, Index i) {
+  const auto at = [&](Index p, Index i) {
     if constexpr (std::is_same_v<T, float>)
       return x(i, p);
     else
       return wide[i * x.cols() + p];
-  });
+  };
+  const LeftSlices left(x.cols(), t, at, true);
   const auto to = results(weights, t, y);
   Tasks(weights, 8 * t, unit).run([&](std::size_t matrix, Index begin, Index end) {
     Buffer<float> c(left.slices() * mr * kTileRows), row(kTileRows);

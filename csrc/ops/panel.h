@@ -17,48 +17,85 @@
 namespace bitwright {
 
 inline constexpr Index kTurned = 64;  // columns of a panel that are transposed at a time, in L1
+inline constexpr Index kChain = 128;  // columns of a tile call: its right operand stays in L1
+
+// f(row, column, panel entry) for `rows` rows and `columns` columns of a panel [column][nr], in an
+// order that suits both; `ahead`: the address of an entry, whose next columns are fetched.
+template <class F, class Ahead>
+inline void each_turned(Index rows, Index columns, const F& f, const Ahead& ahead) {
+  const Index nr = table().nr_f32;
+  for (Index first = 0; first < columns; first += kTurned)
+    for (Index lane = 0; lane < rows; ++lane) {
+      const Index end = std::min(columns, first + kTurned), next = std::min(columns, end + kTurned);
+      for (Index p = end; p < next; p += 16) __builtin_prefetch(ahead(lane, p));
+      for (Index p = first; p < end; ++p) f(lane, p, p * nr + lane);
+    }
+}
 
 // panel[p][lane] = w(row + lane, column + p) for p < columns; rows past the end are zero.
 inline void load_panel(In<float> w, Index row, Index column, Index columns, float* panel) {
   const Index nr = table().nr_f32, rows = std::min<Index>(nr, w.rows() - row);
   if (rows < nr) std::memset(panel, 0, static_cast<std::size_t>(columns * nr) * sizeof(float));
-  for (Index first = 0; first < columns; first += kTurned)
-    for (Index lane = 0; lane < rows; ++lane) {
-      const float* from = w.data() + (row + lane) * w.outerStride() + column;
-      const Index end = std::min(columns, first + kTurned);
-      for (Index p = first; p < end; ++p) panel[p * nr + lane] = from[p];
-    }
+  const float* from = w.data() + row * w.outerStride() + column;
+  const auto at = [&](Index lane, Index p) { return from + lane * w.outerStride() + p; };
+  each_turned(rows, columns, [&](Index lane, Index p, Index i) { panel[i] = *at(lane, p); }, at);
 }
 
-// A matrix as left operand of the tile: slices of mr columns, each [rows][mr], zero past the end.
+// A matrix as left operand of the tile: slices of mr columns, zero past the end, cut into parts of
+// kChain rows, [part][slice][row][mr], so that what a pass over a part reads lies together.
 class LeftSlices {
  public:
+  // at(p, i): the matrix, in memory one after the other along i, or turned, along p. room: where
+  // floats() of them may lie as long as this lives; null: it has its own.
   template <class At>
-  LeftSlices(Index rows, Index columns, const At& at)
+  LeftSlices(Index rows, Index columns, const At& at, bool turned = false, float* room = nullptr)
       : mr_(table().mr_f32),
         rows_(rows),
         slices_(ceil_div(columns, mr_)),
-        data_(rows * slices_ * mr_) {
-    constexpr Index kRows = 16;  // at a time, as they lie in memory
-    parallel_for(ceil_div(rows, kRows), [&](Index task) {
-      const Index first = task * kRows, end = std::min(rows, first + kRows);
+        own_(room == nullptr ? floats(rows, columns) : 0),
+        data_(room == nullptr ? own_.get() : room) {
+    const Index band = turned ? kChain : 16;  // rows at a time, as they lie in memory
+    parallel_for(ceil_div(rows, band), [&](Index task) {
+      const Index first = task * band, end = std::min(rows, first + band);
       for (Index s = 0; s < slices_; ++s) {
         const Index width = std::min(mr_, columns - s * mr_);
-        float* to = data_ + (s * rows + first) * mr_;
-        for (Index p = first; p < end; ++p, to += mr_) {
-          for (Index i = 0; i < width; ++i) to[i] = at(p, s * mr_ + i);
-          for (Index i = width; i < mr_; ++i) to[i] = 0.0F;
-        }
+        float* to = data_ + offset(first, s);
+        if (turned)
+          for (Index i = 0; i < width; ++i)
+            for (Index p = first; p < end; ++p) to[(p - first) * mr_ + i] = at(p, s * mr_ + i);
+        else
+          for (Index p = first; p < end; ++p)
+            for (Index i = 0; i < width; ++i) to[(p - first) * mr_ + i] = at(p, s * mr_ + i);
+        for (Index p = first; p < end; ++p, to += mr_) std::fill(to + width, to + mr_, 0.0F);
       }
     });
   }
+  static Index floats(Index rows, Index columns) {
+    return rows * ceil_div(columns, table().mr_f32) * table().mr_f32;
+  }
   Index slices() const { return slices_; }
   Index mr() const { return mr_; }
-  const float* slice(Index s) const { return data_ + s * rows_ * mr_; }
+
+  // c [mr][nr] += rows [from, to) of slice s times right [to - from][nr].
+  void add(Index s, Index from, Index to, const float* right, float* c) const {
+    const Index nr = table().nr_f32;
+    while (from < to) {
+      const Index end = std::min(to, (from / kChain + 1) * kChain);
+      table().tile_f32(end - from, data_ + offset(from, s), mr_, right, c, nr);
+      right += (end - from) * nr;
+      from = end;
+    }
+  }
 
  private:
+  Index offset(Index p, Index s) const {
+    const Index part = p / kChain * kChain;
+    return (part * slices_ + s * std::min(kChain, rows_ - part) + p - part) * mr_;
+  }
+
   Index mr_, rows_, slices_;
-  Buffer<float> data_;
+  Buffer<float> own_;
+  float* data_;
 };
 
 // Half of the symmetric block of H at (first, first): its upper triangle with half the diagonal.
@@ -69,20 +106,24 @@ inline LeftSlices half_of(In<double> h, Index first, Index columns) {
           }};
 }
 
-// c [panel][slice][mr][nr] += left times panels [panel][k][nr], the chains along k a part after the
-// other, so that the right operand of a tile stays in L1 and the left ones serve all panels from
-// L2. upper: of slice s only the rows up to its last column.
-inline void multiply(const LeftSlices& left, bool upper, Index k, Index panels, const float* right,
-                     float* c) {
-  constexpr Index kDepth = 128;
+// Panels that a task takes, `most` or fewer: there are tasks enough for the threads.
+inline Index panels_of_task(Index panels, Index most) {
+  constexpr Index kTasksPerThread = 3;
+  return std::clamp<Index>(panels / (kTasksPerThread * thread_count().load()), 1, most);
+}
+
+// c(panel) [slice][mr][nr] += left times the k columns of right(panel) [k][nr], the chains along k
+// a part after the other, so that the right operand of a tile stays in L1 and the left ones serve
+// all panels from L2. upper: of slice s only the rows up to its last column.
+template <class Right, class C>
+inline void multiply(const LeftSlices& left, Index k, Index panels, const Right& right, const C& c,
+                     bool upper = false) {
   const Index nr = table().nr_f32, mr = left.mr();
-  for (Index p = 0; p < k; p += kDepth)
+  for (Index p = 0; p < k; p += kChain)
     for (Index panel = 0; panel < panels; ++panel)
-      for (Index s = upper ? p / mr : 0; s < left.slices(); ++s) {
-        const Index end = std::min(p + kDepth, upper ? std::min(k, (s + 1) * mr) : k);
-        table().tile_f32(end - p, left.slice(s) + p * mr, mr, right + (panel * k + p) * nr,
-                         c + (panel * left.slices() + s) * mr * nr, nr);
-      }
+      for (Index s = upper ? p / mr : 0; s < left.slices(); ++s)
+        left.add(s, p, std::min(p + kChain, upper ? std::min(k, (s + 1) * mr) : k),
+                 right(panel) + p * nr, c(panel) + s * mr * nr);
 }
 
 // Adds e H e^T = 2 e half(H) e^T of each lane of the panels e [panel][k][nr] to loss [panel][nr]; h
@@ -91,7 +132,9 @@ inline void panel_quadratic(const LeftSlices& h, Index k, Index panels, const fl
                             double* loss) {
   const Index nr = table().nr_f32, padded = h.slices() * h.mr();
   Buffer<float> product(panels * padded * nr, true);
-  multiply(h, true, k, panels, e, product.get());
+  multiply(
+      h, k, panels, [&](Index panel) { return e + panel * k * nr; },
+      [&](Index panel) { return product + panel * padded * nr; }, true);
   for (Index panel = 0; panel < panels; ++panel)
     for (Index i = 0; i < k; ++i)
       for (Index lane = 0; lane < nr; ++lane)

@@ -15,7 +15,7 @@ void qlinear(In<float> x, In<std::uint8_t> codes, In<float> scales, In<float> ze
   require(y.rows() == t && y.cols() == n, "[qlinear] y must be ", t, " x ", n, ", got ", y.rows(),
           " x ", y.cols());
   const Index nr = table().nr_f32, mr = table().mr_f32;
-  const LeftSlices left(k, t, [&](Index p, Index i) { return x(i, p); });
+  const LeftSlices left(k, t, [&](Index p, Index i) { return x(i, p); }, true);
   parallel_for(ceil_div(n, nr), [&](Index panel) {
     const Index row = panel * nr, rows = std::min(nr, n - row);
     Buffer<float> weights(k * nr, true), c(mr * nr);
@@ -26,7 +26,7 @@ void qlinear(In<float> x, In<std::uint8_t> codes, In<float> scales, In<float> ze
             scales(row + lane, p / group);
     for (Index s = 0; s < left.slices(); ++s) {
       std::fill(c.get(), c + mr * nr, 0.0F);
-      table().tile_f32(k, left.slice(s), mr, weights.get(), c.get(), nr);
+      left.add(s, 0, k, weights.get(), c.get());
       for (Index i = 0; i < std::min(mr, t - s * mr); ++i)
         for (Index lane = 0; lane < rows; ++lane) y(s * mr + i, row + lane) = c[i * nr + lane];
     }

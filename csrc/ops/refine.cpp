@@ -64,8 +64,7 @@ class RefinePanel {
     std::fill(minus_.get(), minus_ + std::min(group_, k_) * nr_, -1.0F);
     Buffer<float> e(k_ * nr_);
     errors(e.get());
-    for (Index s = 0; s < h_.slices(); ++s)
-      table().tile_f32(k_, h_.slice(s), mr_, e.get(), g_ + s * mr_ * nr_, nr_);
+    for (Index s = 0; s < h_.slices(); ++s) h_.add(s, 0, k_, e.get(), g_ + s * mr_ * nr_);
     remaining();
   }
 
@@ -176,8 +175,7 @@ class RefinePanel {
     const Index begin = first / mr_, end = ceil_div(first + columns, mr_);
     std::fill(scratch_.get(), scratch_ + (end - begin) * mr_ * nr_, 0.0F);
     for (Index s = begin; s < end; ++s)
-      table().tile_f32(columns, h_.slice(s) + first * mr_, mr_, level,
-                       scratch_ + (s - begin) * mr_ * nr_, nr_);
+      h_.add(s, first, first + columns, level, scratch_ + (s - begin) * mr_ * nr_);
     RescaleGroup r{};
     r.columns = columns;
     r.grid = stored.grid;
@@ -224,9 +222,7 @@ class RefinePanel {
   // g += d H for the changes d of these columns, except in the slices [skip, resume).
   void spread(Index first, Index columns, Index skip, Index resume) {
     for (Index s = 0; s < h_.slices(); ++s)
-      if (s < skip || s >= resume)
-        table().tile_f32(columns, h_.slice(s) + first * mr_, mr_, d_.get(), g_ + s * mr_ * nr_,
-                         nr_);
+      if (s < skip || s >= resume) h_.add(s, first, first + columns, d_.get(), g_ + s * mr_ * nr_);
   }
 
   Index nr_, mr_, k_, group_, groups_, block_, widest_, rows_;

@@ -16,22 +16,30 @@ namespace bitwright {
 namespace {
 
 constexpr Index kRowsPerTask = 16;
+constexpr Index kLine = 64;  // bytes
 
 void widen(const float* from, Index k, bool, float* to) { std::copy(from, from + k, to); }
 void widen(const std::uint16_t* from, Index k, bool bf16, float* to) {
-  if (bf16)
-    for (Index j = 0; j < k; ++j) to[j] = from_bf16(from[j]);
-  else
-    for (Index j = 0; j < k; ++j) to[j] = from_fp16(from[j]);
+  if (bf16) return table().widen_bf16(k, from, to);
+  for (Index j = 0; j < k; ++j) to[j] = from_fp16(from[j]);
+}
+
+bool damaged_row(const float* row, Index k, bool) { return damaged(row, k); }
+
+// As integers, like damaged(): above 2^56, or what is finite in fp16.
+bool damaged_row(const std::uint16_t* row, Index k, bool bf16) {
+  const int most = bf16 ? 0x5B80 : 0x7BFF;
+  std::int16_t any = 0;
+  for (Index j = 0; j < k; ++j)
+    any = static_cast<std::int16_t>(any | static_cast<std::int16_t>(most - (row[j] & 0x7FFF)));
+  return any < 0;
 }
 
 void require_row(const float* row, Index k, Index r) {
-  const float most = static_cast<float>(kLargest);
-  int damaged = 0;
-  for (Index j = 0; j < k; ++j) damaged |= std::abs(row[j]) <= most ? 0 : 1;
-  for (Index j = 0; damaged != 0 && j < k; ++j)
-    require(std::abs(row[j]) <= most, "[round_pack] W must be finite and at most 2^56, got ",
-            row[j], " at (", r, ", ", j, ")");
+  for (Index j = 0; j < k; ++j)
+    require(std::abs(row[j]) <= static_cast<float>(kLargest),
+            "[round_pack] W must be finite and at most 2^56, got ", row[j], " at (", r, ", ", j,
+            ")");
 }
 
 template <class T>
@@ -51,8 +59,12 @@ void rows(In<T> w, bool bf16, const FitSettings& settings, Out<float> scales, Ou
     Buffer<float> row(k);
     Buffer<std::uint8_t> codes(k);
     for (Index r = task * kRowsPerTask; r < std::min(n, (task + 1) * kRowsPerTask); ++r) {
-      widen(w.data() + r * w.outerStride(), k, bf16, row.get());
-      require_row(row.get(), k, r);
+      const T* from = w.data() + r * w.outerStride();
+      widen(from, k, bf16, row.get());
+      if (damaged_row(from, k, bf16)) require_row(row.get(), k, r);
+      if (r + 1 < n)
+        for (Index j = 0; j < k; j += kLine / Index{sizeof(T)})
+          __builtin_prefetch(from + w.outerStride() + j);
       table().round_row(options, k, settings.group, row.get(), &scales(r, 0), &zeros(r, 0),
                         codes.get());
       write_bits(codes.get(), k, settings.grid.bits, words.data() + r * words.outerStride());

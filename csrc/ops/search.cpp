@@ -108,7 +108,6 @@ void gptq_search(In<float> w, In<float> r, InVec<std::int32_t> order, const FitS
   };
   const auto step = [&](Panel& panel, const SweepBlock& block) {
     const Index g = order[block.first] / group;
-    panel.sweep.enter(block);
     panel.use(panel.scale, panel.zero);
     panel.find_range(block);
     const FitOptions here = panel.steps.at(options, g);

@@ -50,7 +50,6 @@ void gptq(In<float> w, In<float> r, InVec<std::int32_t> order, In<float> scales,
       scale[p] = panel.scale + at;
       zero[p] = panel.zero + at;
     }
-    panel.sweep.enter(block);
     panel.sweep.run(block, scale, zero, coding_of(grid, levels), false,
                     panel.sweep.error(block.first), [] { return true; });
     panel.sweep.commit(block, codes);

@@ -20,14 +20,17 @@ struct SweepBlock {
   LeftSlices left;  // rows 0 .. first + columns of R
 };
 
-// r(p, i): entries of an upper triangular k x k matrix; starts: first columns of the blocks.
+// r(p, i): entries of an upper triangular k x k matrix; starts: first columns of the blocks; room,
+// turned: of LeftSlices, for all blocks.
 template <class At>
-std::vector<SweepBlock> sweep_blocks(Index k, const std::vector<Index>& starts, const At& r) {
+std::vector<SweepBlock> sweep_blocks(Index k, const std::vector<Index>& starts, const At& r,
+                                     bool turned = false, float* room = nullptr) {
   std::vector<SweepBlock> blocks;
   for (std::size_t b = 0; b < starts.size(); ++b) {
     const Index first = starts[b], end = b + 1 < starts.size() ? starts[b + 1] : k;
     const auto at = [&](Index p, Index i) { return r(p, first + i); };
-    blocks.push_back({first, end - first, LeftSlices(end, end - first, at)});
+    blocks.push_back({first, end - first, LeftSlices(end, end - first, at, turned, room)});
+    if (room != nullptr) room += LeftSlices::floats(end, end - first);
   }
   return blocks;
 }
@@ -49,7 +52,7 @@ class SweepPanel {
         order_(order),
         error_(r.cols() * nr_),
         w_(widest * nr_, true),
-        a_(widest * nr_),
+        a_((widest + table().mr_f32) * nr_),
         slice_(table().mr_f32 * nr_),
         codes_(widest * nr_),
         block_loss_(nr_),
@@ -62,19 +65,15 @@ class SweepPanel {
   float* error(Index column) { return error_ + column * nr_; }
   const float* block_loss() const { return block_loss_.get(); }
 
-  // Loads the weights of a block and what the finished columns contribute to its targets.
+  // Loads the weights of a block; its targets are still without what the finished columns
+  // contribute.
   void enter(const SweepBlock& block) {
-    for (Index p = 0; p < block.columns; ++p)
-      for (Index lane = 0; lane < rows_; ++lane)
+    for (Index lane = 0; lane < rows_; ++lane)
+      for (Index p = 0; p < block.columns; ++p)
         w_[p * nr_ + lane] = w_in_(row_ + lane, order_[block.first + p]);
-    const Index mr = block.left.mr();
-    for (Index s = 0; s < block.left.slices(); ++s) {
-      const Index columns = std::min(mr, block.columns - s * mr);
-      std::memset(slice_.get(), 0, static_cast<std::size_t>(mr * nr_) * sizeof(float));
-      table().tile_f32(block.first, block.left.slice(s), mr, error_.get(), slice_.get(), nr_);
-      std::copy(slice_.get(), slice_ + columns * nr_, a_ + s * mr * nr_);
-    }
+    std::fill(a_.get(), a_ + block.left.slices() * block.left.mr() * nr_, 0.0F);
   }
+  float* targets() { return a_.get(); }
 
   // The block's feedback with these scales and zero points per column (unused where open): errors
   // to e, codes and losses inside. After each slice `go_on` may end it.
@@ -86,7 +85,7 @@ class SweepPanel {
     for (Index s = 0; s < block.left.slices(); ++s) {
       const Index c = s * mr, columns = std::min(mr, block.columns - c);
       std::copy(a_ + c * nr_, a_ + (c + columns) * nr_, slice_.get());
-      table().tile_f32(c, block.left.slice(s) + block.first * mr, mr, e, slice_.get(), nr_);
+      block.left.add(s, block.first, block.first + c, e, slice_.get());
       FeedbackBlock f{};
       f.columns = columns;
       f.r = r_.data() + (block.first + c) * r_.outerStride() + block.first + c;
@@ -107,8 +106,8 @@ class SweepPanel {
 
   // Keeps the codes and losses of the last run.
   void commit(const SweepBlock& block, Out<std::uint8_t> codes) {
-    for (Index p = 0; p < block.columns; ++p)
-      for (Index lane = 0; lane < rows_; ++lane)
+    for (Index lane = 0; lane < rows_; ++lane)
+      for (Index p = 0; p < block.columns; ++p)
         codes(row_ + lane, order_[block.first + p]) =
             static_cast<std::uint8_t>(codes_[p * nr_ + lane]);
     for (Index lane = 0; lane < nr_; ++lane) loss_[lane] += static_cast<double>(block_loss_[lane]);
@@ -128,18 +127,25 @@ class SweepPanel {
   Buffer<double> loss_;
 };
 
-// Tasks of kPanelsPerTask panels each, block after block, so that R's slices serve them from cache.
+// Block after block for the panels of a task, so that R's slices serve them from cache.
 template <class Make, class Step>
 void sweep(Index n, const std::vector<SweepBlock>& blocks, OutVec<double> loss, const Make& make,
            const Step& step) {
-  constexpr Index kPanelsPerTask = 2;
-  const Index nr = table().nr_f32;
-  parallel_for(ceil_div(n, nr * kPanelsPerTask), [&](Index task) {
+  constexpr Index kPanelsPerTask = 4;
+  const Index nr = table().nr_f32, each = panels_of_task(ceil_div(n, nr), kPanelsPerTask);
+  parallel_for(ceil_div(n, nr * each), [&](Index task) {
     std::vector<decltype(make(Index{0}))> panels;
-    const Index end = std::min(n, (task + 1) * nr * kPanelsPerTask);
-    for (Index row = task * nr * kPanelsPerTask; row < end; row += nr) panels.push_back(make(row));
-    for (const SweepBlock& block : blocks)
+    const Index end = std::min(n, (task + 1) * nr * each);
+    for (Index row = task * nr * each; row < end; row += nr) panels.push_back(make(row));
+    const auto sweep_of = [&](Index i) -> SweepPanel& { return panels[std::size_t(i)].sweep; };
+    for (const SweepBlock& block : blocks) {
+      for (auto& panel : panels) panel.sweep.enter(block);
+      multiply(
+          block.left, block.first, Index(panels.size()),
+          [&](Index i) { return sweep_of(i).error(0); },
+          [&](Index i) { return sweep_of(i).targets(); });
       for (auto& panel : panels) step(panel, block);
+    }
     for (const auto& panel : panels) panel.sweep.finish(loss);
   });
 }
