@@ -173,6 +173,19 @@ def test_compiled_in_one_graph(order):
     assert torch.equal(trained.grad, twin.grad)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own
+def test_compiled_by_inductor_between_other_layers():
+    first, last = (QuantLinear.of(weight("int4-g32", False), inputs(N), "exact") for _ in range(2))
+    middle = torch.nn.Linear(N, K)
+    model = torch.nn.Sequential(first, torch.nn.SiLU(), middle, last)
+    x = inputs(3, K)
+    with torch.inference_mode():
+        want = model(x)
+        got = torch.compile(model, fullgraph=True, backend="inductor")(x)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
 def test_what_it_cannot_take_is_one_sentence():
     layer = QuantLinear.of(weight("int4-g32"))
     for x in (inputs(3, K - 1), torch.empty(3, K, device="meta")):
