@@ -35,14 +35,14 @@ double quadratic(In<float> e, In<double> h) {
   require_square("quadratic", k, h);
   require_finite("quadratic", "E", e);
   require_finite("quadratic", "H", h);
-  const LeftSlices left = half_of(h, 0, k);
+  const Half half(h, 0, k);
   Buffer<double> loss(ceil_div(n, nr) * nr, true);
   const Index panels = ceil_div(n, nr);
   parallel_for(ceil_div(panels, kPanelsPerTask), [&](Index task) {
     const Index first = task * kPanelsPerTask, count = std::min(kPanelsPerTask, panels - first);
     Buffer<float> error(count * k * nr);
     for (Index p = 0; p < count; ++p) load_panel(e, (first + p) * nr, 0, k, error + p * k * nr);
-    panel_quadratic(left, k, count, error.get(), loss + first * nr);
+    half.quadratic(count, error.get(), loss + first * nr);
   });
   double sum = 0.0;
   for (Index row = 0; row < n; ++row) sum += loss[row];
@@ -68,7 +68,7 @@ void awq_scale(In<float> w, In<double> h, In<float> column_scales, const FitSett
   require(levels.get() == nullptr && !settings.grid.offset && settings.block == 0,
           "[awq_scale] the grid must be of integers with zero points and one level of scales");
   const FitOptions options = fit_options(settings, levels, none);
-  const LeftSlices left = half_of(h, 0, k);
+  const Half half(h, 0, k);
   const Index panels = ceil_div(n, nr), candidates = column_scales.rows();
   Buffer<double> loss(candidates * panels * nr, true);
   parallel_for(candidates * panels, [&](Index task) {
@@ -84,7 +84,7 @@ void awq_scale(In<float> w, In<double> h, In<float> column_scales, const FitSett
       round_group(options.coding.max_code, columns, values + first * nr, column_scale + first,
                   scale.get(), zero.get(), error + first * nr);
     }
-    panel_quadratic(left, k, 1, error.get(), loss + task * nr);
+    half.quadratic(1, error.get(), loss + task * nr);
   });
   for (Index a = 0; a < candidates; ++a) {
     losses[a] = 0.0;
@@ -108,7 +108,7 @@ void awq_clip(In<float> w, In<double> h, const FitSettings& settings, InVec<floa
   const FitOptions plain = fit_options(settings, levels, none);
   for (Index g = 0; g < scales.cols(); ++g) {
     const Index first = g * group, columns = std::min(group, k - first);
-    const LeftSlices left = half_of(h, first, columns);
+    const Half half(h, first, columns);
     parallel_for(ceil_div(n, nr), [&](Index panel) {
       Buffer<float> values(columns * nr), error(columns * nr), scale(nr), zero(nr);
       Buffer<double> loss(nr), best(nr);
@@ -122,7 +122,7 @@ void awq_clip(In<float> w, In<double> h, const FitSettings& settings, InVec<floa
         round_group(options.coding.max_code, columns, values.get(), nullptr, scale.get(),
                     zero.get(), error.get());
         std::fill(loss.get(), loss + nr, 0.0);
-        panel_quadratic(left, columns, 1, error.get(), loss.get());
+        half.quadratic(1, error.get(), loss.get());
         for (Index lane = 0; lane < std::min(nr, n - panel * nr); ++lane) {
           if (f > 0 && !(loss[lane] < best[lane])) continue;
           best[lane] = loss[lane];

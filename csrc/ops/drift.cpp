@@ -52,7 +52,8 @@ class Triangle {
     Buffer<float> zero(mr_ * nr, true), loss(nr, true);
     for (const SweepBlock& block : blocks_) {
       multiply(
-          block.left, block.first, panels, [&](Index panel) { return a + panel * stride; },
+          block.left, block.first, panels, block.first,
+          [&](Index panel) { return a + panel * stride; },
           [&](Index panel) { return a + panel * stride + block.first * nr; });
       for (Index panel = 0; panel < panels; ++panel)
         for (Index s = 0; s < block.left.slices(); ++s)
@@ -106,7 +107,7 @@ void product(In<float> w, In<double> c, In<double> d, InVec<std::int32_t> order,
         const Index size = part.slices() * mr * nr, end = std::min(k, first + kColumns);
         std::fill(out.get(), out + count * size, 0.0F);
         multiply(
-            part, k, count, [&](Index p) { return in + p * k * nr; },
+            part, k, count, k, [&](Index p) { return in + p * k * nr; },
             [&](Index p) { return out + p * size; });
         for (Index row = panel0 * nr; row < std::min(n, (panel0 + count) * nr); ++row) {
           const float* sum = out + (row / nr - panel0) * size + row % nr;

@@ -98,14 +98,6 @@ class LeftSlices {
   float* data_;
 };
 
-// Half of the symmetric block of H at (first, first): its upper triangle with half the diagonal.
-inline LeftSlices half_of(In<double> h, Index first, Index columns) {
-  return {columns, columns, [&](Index p, Index i) {
-            const double half = p < i ? 1.0 : p == i ? 0.5 : 0.0;
-            return static_cast<float>(half * h(first + p, first + i));
-          }};
-}
-
 // Panels that a task takes, `most` or fewer: there are tasks enough for the threads.
 inline Index panels_of_task(Index panels, Index most) {
   constexpr Index kTasksPerThread = 3;
@@ -114,34 +106,61 @@ inline Index panels_of_task(Index panels, Index most) {
 
 // c(panel) [slice][mr][nr] += left times the k columns of right(panel) [k][nr], the chains along k
 // a part after the other, so that the right operand of a tile stays in L1 and the left ones serve
-// all panels from L2. upper: of slice s only the rows up to its last column.
+// all panels from L2. Of an upper triangular matrix, whose columns from `first` on are left, the
+// rows below a slice are left out; else first = k.
 template <class Right, class C>
-inline void multiply(const LeftSlices& left, Index k, Index panels, const Right& right, const C& c,
-                     bool upper = false) {
+inline void multiply(const LeftSlices& left, Index k, Index panels, Index first, const Right& right,
+                     const C& c) {
   const Index nr = table().nr_f32, mr = left.mr();
   for (Index p = 0; p < k; p += kChain)
     for (Index panel = 0; panel < panels; ++panel)
-      for (Index s = upper ? p / mr : 0; s < left.slices(); ++s)
-        left.add(s, p, std::min(p + kChain, upper ? std::min(k, (s + 1) * mr) : k),
-                 right(panel) + p * nr, c(panel) + s * mr * nr);
+      for (Index s = std::max<Index>(p - first, 0) / mr; s < left.slices(); ++s)
+        left.add(s, p, std::min({p + kChain, k, first + (s + 1) * mr}), right(panel) + p * nr,
+                 c(panel) + s * mr * nr);
 }
 
-// Adds e H e^T = 2 e half(H) e^T of each lane of the panels e [panel][k][nr] to loss [panel][nr]; h
-// from half_of. The zeros below the diagonal of a slice add nothing, so its height changes no bit.
-inline void panel_quadratic(const LeftSlices& h, Index k, Index panels, const float* e,
-                            double* loss) {
-  const Index nr = table().nr_f32, padded = h.slices() * h.mr();
-  Buffer<float> product(panels * padded * nr, true);
-  multiply(
-      h, k, panels, [&](Index panel) { return e + panel * k * nr; },
-      [&](Index panel) { return product + panel * padded * nr; }, true);
-  for (Index panel = 0; panel < panels; ++panel)
-    for (Index i = 0; i < k; ++i)
-      for (Index lane = 0; lane < nr; ++lane)
-        loss[panel * nr + lane] += 2.0 *
-                                   static_cast<double>(product[(panel * padded + i) * nr + lane]) *
-                                   static_cast<double>(e[(panel * k + i) * nr + lane]);
-}
+// Half of a symmetric block of H: its upper triangle with half the diagonal, by parts of kColumns
+// columns and the rows down to their last one.
+class Half {
+ public:
+  Half(In<double> h, Index first, Index columns) : k_(columns) {
+    for (Index begin = 0; begin < k_; begin += kColumns) {
+      const Index end = std::min(k_, begin + kColumns);
+      parts_.emplace_back(end, end - begin, [&](Index p, Index i) {
+        if (p > begin + i) return 0.0F;
+        const double entry = h(first + p, first + begin + i);
+        return static_cast<float>(p == begin + i ? 0.5 * entry : entry);
+      });
+    }
+  }
+
+  // Adds e H e^T = 2 e half e^T of each lane of the panels e [panel][k][nr] to loss [panel][nr].
+  // The zeros below the diagonal of a slice add nothing, so its height changes no bit.
+  void quadratic(Index panels, const float* e, double* loss) const {
+    const Index nr = table().nr_f32, size = std::min(k_, kColumns) * nr + table().mr_f32 * nr;
+    Buffer<float> product(panels * size);
+    Index first = 0;
+    for (const LeftSlices& part : parts_) {
+      const Index end = std::min(k_, first + kColumns);
+      std::fill(product.get(), product + panels * size, 0.0F);
+      multiply(
+          part, end, panels, first, [&](Index panel) { return e + panel * k_ * nr; },
+          [&](Index panel) { return product + panel * size; });
+      for (Index panel = 0; panel < panels; ++panel)
+        for (Index i = first; i < end; ++i)
+          for (Index lane = 0; lane < nr; ++lane)
+            loss[panel * nr + lane] +=
+                2.0 * static_cast<double>(product[panel * size + (i - first) * nr + lane]) *
+                static_cast<double>(e[(panel * k_ + i) * nr + lane]);
+      first = end;
+    }
+  }
+
+ private:
+  static constexpr Index kColumns = 768;  // a multiple of every mr
+  Index k_;
+  std::vector<LeftSlices> parts_;
+};
 
 inline void require_codes(const char* op, Index n, Index k, Index group, In<float> scales,
                           In<float> zeros) {

@@ -141,7 +141,7 @@ void sweep(Index n, const std::vector<SweepBlock>& blocks, OutVec<double> loss, 
     for (const SweepBlock& block : blocks) {
       for (auto& panel : panels) panel.sweep.enter(block);
       multiply(
-          block.left, block.first, Index(panels.size()),
+          block.left, block.first, Index(panels.size()), block.first,
           [&](Index i) { return sweep_of(i).error(0); },
           [&](Index i) { return sweep_of(i).targets(); });
       for (auto& panel : panels) step(panel, block);

@@ -16,14 +16,17 @@ n k, P matrices H (v's KV heads; else 1):
     sums      8 P k^2 (H); where drift is measured 8 P k^2 (C), as much of both again where tokens
               are held out, and 8 n k (D) where outputs are added to the residual stream
     factor    4 P k^2 (R, kept) and 4 k^2 (half of it in float64)
+    rounded   2 k^2 (half of H in float32), 13 n k (W, codes, their values, E): the error of plain
+              rounding
     target    2 k^2 (half of R as slices), 12 n k (W, its share, the target); then C and D are
               gone, where no other matrix asks for them
     sweep     2 k^2, 9 n k (W, target, codes); without a target 5
     refine    4 k^2 (H in float32), 10 n k
-    errors    18 n k (W, target, Q, E, codes); without a target 13
+    errors    2 k^2, 18 n k (W, target, Q, E, codes); without a target 13
 
-so plain GPTQ takes 16 k^2 (k = 14336: 3.3 GB, k = 28672: 13.2 GB) and the default effort 24 k^2
-and 8 n k in the factorisation, or 22 k^2 + 20 n k at the target. AWQ keeps H of the scaled inputs
+so plain GPTQ takes 16 k^2, or 14 k^2 + 13 n k at the errors (k = 14336 and n = 4096: 3.6 GB, k =
+28672 and n = 8192: 14.6 GB), and the default effort 24 k^2 + 8 n k in the factorisation, or 22 k^2
++ 21 n k before the target. AWQ keeps H of the scaled inputs
 beside H: 8 P k^2 more, and 4 n k.
 """
 
@@ -112,7 +115,7 @@ class Sizes:
         """A block at each of its groups, by the group's label."""
         if self.job.device.type != "cpu":
             largest = self.weights() // (2 if self.job.compare else 1)
-            solving = {group.label: self._solving(group) for group in self.job.arch.groups}
+            solving = {group.label: self.solving(group) for group in self.job.arch.groups}
             return {label: self.stream + largest + most for label, most in solving.items()}
         arch, tokens = self.job.arch, self.batch if rerun else self.tokens
         parked = parked_bytes(arch, self.shape, tokens, self.item)
@@ -122,7 +125,7 @@ class Sizes:
             there = int(self.streams * parked[group.linears[0].name])
             held = self.weights() + (self.stream if rerun else there)
             arriving = working + (there if rerun else 0)  # and gone when the group is solved
-            most = max(self._summing(group) + arriving, self._solving(group))
+            most = max(self._summing(group) + arriving, self.solving(group))
             found[group.label] = held + most
         return found
 
@@ -173,7 +176,7 @@ class Sizes:
             3 if self.job.compare else 1
         )
 
-    def _solving(self, group: Group) -> int:
+    def solving(self, group: Group) -> int:
         """The sums and the most that a step of the solve adds; all but one matrix dense."""
         recipe, options = self.job.recipe, solver_options(self.job.recipe)
         areas = [math.prod(self.shape(linear.name)) for linear in group.linears]
@@ -188,10 +191,10 @@ class Sizes:
         factor = 4 * k2 if solver_of(recipe.method) == "gptq" else 0
         R = P * factor
         left = 0 if drift and len(group.linears) == 1 else others
-        target = 2 * k2 + 12 * nk if drift else 0
+        rounded = 2 * k2 + 13 * nk  # and no less than the target
         refine = 4 * k2 + 10 * nk if options.get("refine", "c") else 0
-        after = max(2 * k2 + (9 if drift else 5) * nk, (18 if drift else 13) * nk, refine)
-        return H + dense + nk4 + max(others + R + max(factor, target), left + R + after)
+        after = max(2 * k2 + (18 if drift else 13) * nk, refine)  # the sweep takes less
+        return H + dense + nk4 + max(others + R + max(factor, rounded), left + R + after)
 
     def rounding(self) -> int:
         return max(16 * n * k for n, k in self.shapes.values())
