@@ -324,7 +324,8 @@ def interrupted_after(n, save):
 @pytest.mark.parametrize(
     ("wish", "share"),
     [
-        ({}, 0.125), ({"scheme": "int2-g16-asym"}, 0.25), ({"options": {"residual": 0.0}}, None),
+        ({}, 0.125), ({"scheme": "int2-g16-asym"}, 0.375), ({"scheme": "int3-g16"}, 0.25),
+        ({"options": {"residual": 0.0}}, None),
         ({"options": {"residual": 0.5}}, 0.5), ({"effort": "fast"}, None),
     ],
     ids=str,

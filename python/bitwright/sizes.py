@@ -16,18 +16,15 @@ n k, P matrices H (v's KV heads; else 1):
     sums      8 P k^2 (H); where drift is measured 8 P k^2 (C), as much of both again where tokens
               are held out, and 8 n k (D) where outputs are added to the residual stream
     factor    4 P k^2 (R, kept) and 4 k^2 (half of it in float64)
-    rounded   2 k^2 (half of H in float32), 13 n k (W, codes, their values, E): the error of plain
-              rounding
     target    2 k^2 (half of R as slices), 12 n k (W, its share, the target); then C and D are
               gone, where no other matrix asks for them
     sweep     2 k^2, 9 n k (W, target, codes); without a target 5
     refine    4 k^2 (H in float32), 10 n k
-    errors    2 k^2, 18 n k (W, target, Q, E, codes); without a target 13
+    errors    2 k^2 (half of H in float32), 18 n k (W, target, Q, E, codes); without a target 13
 
 so plain GPTQ takes 16 k^2, or 14 k^2 + 13 n k at the errors (k = 14336 and n = 4096: 3.6 GB, k =
 28672 and n = 8192: 14.6 GB), and the default effort 24 k^2 + 8 n k in the factorisation, or 22 k^2
-+ 21 n k before the target. AWQ keeps H of the scaled inputs
-beside H: 8 P k^2 more, and 4 n k.
++ 20 n k at the target. AWQ keeps H of the scaled inputs beside H: 8 P k^2 more, and 4 n k.
 """
 
 from __future__ import annotations
@@ -191,10 +188,10 @@ class Sizes:
         factor = 4 * k2 if solver_of(recipe.method) == "gptq" else 0
         R = P * factor
         left = 0 if drift and len(group.linears) == 1 else others
-        rounded = 2 * k2 + 13 * nk  # and no less than the target
+        target = 2 * k2 + 12 * nk if drift else 0
         refine = 4 * k2 + 10 * nk if options.get("refine", "c") else 0
         after = max(2 * k2 + (18 if drift else 13) * nk, refine)  # the sweep takes less
-        return H + dense + nk4 + max(others + R + max(factor, rounded), left + R + after)
+        return H + dense + nk4 + max(others + R + max(factor, target), left + R + after)
 
     def rounding(self) -> int:
         return max(16 * n * k for n, k in self.shapes.values())

@@ -232,22 +232,27 @@ def _solve_rows(
     """The next block of rows; its drift is taken off `drifts`, so that it is gone with the
     target."""
     drift = drifts.pop(0)
-    plain = ops.quadratic(W - ops.decode(ops.encode(W, *ops.fit(W, scheme), scheme)), H)
-    size = ops.quadratic(W, H)
     if p.R is None:
         steps = _steps(W, H, scheme)
         static = _static_scales(W, H, scheme, replace(o, scales="hessian"), steps)
         q = ops.encode(W, *static, scheme, ops.global_scale(o.whole, scheme), steps)
         rounded = ops.quadratic(W - ops.decode(q), H)
-        return _Part(q, size, plain, rounded, rounded)
+        return _Part(q, *_compared_with(W, H, scheme), rounded, rounded)
     target, alpha = (W, None) if drift is None else target_of(W, drift, p, o.alpha)
     drift = None
     if o.metric is not None:
         q = heads.coupled(target, o.metric, lambda rows: _rounded(rows, H, p, scheme, o)[0])
         final = ops.quadratic(target - ops.decode(q), H)
-        return _Part(q, size, plain, None, final, alpha)
+        return _Part(q, *_compared_with(W, H, scheme), None, final, alpha)
     q, swept, final = _rounded(target, H, p, scheme, o)
-    return _Part(q, size, plain, swept, final, alpha)
+    del target
+    return _Part(q, *_compared_with(W, H, scheme), swept, final, alpha)
+
+
+def _compared_with(W: F32, H: F64, scheme: Scheme) -> tuple[float, float]:
+    """tr(W H W^T), and what plain rounding would have cost."""
+    rounded = ops.encode(W, *ops.fit(W, scheme), scheme)
+    return ops.quadratic(W, H), ops.quadratic(W - ops.decode(rounded), H)
 
 
 def _rounded(
