@@ -15,12 +15,13 @@ import bitwright
 import tiny_models
 from bitwright import StatsCollector, plan
 from bitwright.calib import device as devices
+from bitwright.calib import precision
 from bitwright.calib.device import CPU, DeviceSums
 from bitwright.demo import embedded_model
 from bitwright.fingerprint import fingerprint
 from bitwright.job import Job, open_job
 from bitwright.progress import Silent
-from bitwright.spec import DeviceError, InputError, Recipe
+from bitwright.spec import DeviceError, InputError, Recipe, RefusedError
 
 GPU = torch.cuda.is_available()
 on_gpu = pytest.mark.skipif(not GPU, reason="torch has no GPU here")
@@ -135,6 +136,25 @@ def test_memory_that_runs_out_is_one_sentence(tmp_path):
     assert contents(out) == contents(again)
 
 
+def test_evaluation_says_so_too(monkeypatch):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB. GPU 0 has")
+
+    monkeypatch.setattr("bitwright.calib.skeleton.Skeleton.forward_block", full)
+    with pytest.raises(DeviceError, match="wanted more memory than the GPU has left"):
+        bitwright.compare(embedded_model(), embedded_model(), windows=1, length=16)
+
+
+def test_modules_that_run_where_they_stand_are_not_moved():
+    with pytest.raises(RefusedError, match="'cuda', got Sequential, which runs where it stands"):
+        bitwright.quantize(torch.nn.Sequential(torch.nn.Linear(64, 8)), method="rtn", device="cuda")
+
+
+def test_plain_rounding_has_no_device(monkeypatch):
+    monkeypatch.setattr(devices, "choose", lambda _wish=None: torch.device("cuda"))
+    assert open_job(embedded_model(), Recipe(method="rtn")).device == CPU
+
+
 def contents(folder):
     """Files by name, but for the card, which names its folder."""
     files = (p for p in folder.rglob("*") if p.is_file() and p.name != "README.md")
@@ -179,11 +199,12 @@ def test_every_architecture_as_on_the_cpu(kind, method, checkpoints, tmp_path):
 @on_gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_same_bytes_twice_and_with_blocks_run_again(dtype, tmp_path):
-    runs = {}
+    runs, recipe = {}, Recipe(samples=8, length=64)
     for name, memory in (("a", None), ("b", None), ("again", "rerun")):
         with pytest.MonkeyPatch.context() as patch:
             if memory:
                 patch.setattr(plan.devices, "free_bytes", lambda _device: 1)
+            assert plan.make(embedded_model(), recipe).rerun == bool(memory)
             bitwright.quantize(embedded_model(), out=tmp_path / name, **SMALL, dtype=dtype)
         runs[name] = contents(tmp_path / name)
     assert runs["a"] == runs["b"] == runs["again"]
@@ -244,6 +265,19 @@ def test_float32_stays_float32(tmp_path):
     )
     first = next(x for x in report.linears), next(x for x in on_cpu.linears)
     assert first[0].error == pytest.approx(first[1].error, rel=1e-4)
+
+
+@on_gpu
+def test_a_block_in_float32_is_that_of_the_cpu():
+    """TF32 would be off by 1e-3."""
+    ids, found = torch.arange(5, 69)[None], {}
+    for place in PLACES:
+        job = open_job(embedded_model(), Recipe(), dtype="float32", device=place)
+        body = job.skeleton
+        with precision.setting("high"), precision.products("float32", place), body.block(0):
+            found[place] = body.forward_block(0, body.embed(ids)).cpu()
+    off = (found["cuda"] - found["cpu"]).abs().max() / found["cpu"].abs().max()
+    assert off <= 2e-5
 
 
 def test_the_device_is_part_of_the_fingerprint():

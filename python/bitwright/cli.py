@@ -5,9 +5,10 @@
     bitwright generate OUT          bitwright chat OUT
     bitwright bench
 
-Exit codes: 0 done; 1 a bug (please report it); 2 wrong usage or unusable input; 3 refused: a
-format or method cannot do what was asked; 4 a computation broke down, or --strict met a fallback;
-5 what was written does not read back as what was meant; 130 interrupted, the same command goes on.
+Exit codes: 0 done; 1 a bug (please report it); 2 wrong usage, unusable input, a full disk or GPU; 3
+refused: a format or method cannot do what was asked; 4 a computation broke down, or --strict met a
+fallback; 5 what was written does not read back as what was meant; 130 interrupted, the same command
+goes on.
 """
 
 from __future__ import annotations

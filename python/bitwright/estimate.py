@@ -186,11 +186,13 @@ class Estimate:
     def _rows(self, block: int, target: Target) -> int:
         """Rows of a matrix; where those of its heads are solved in turn, a panel per thread and
         turn at least."""
-        rows, heads = target.shape[0], self.job.heads(block)
-        count = {"attn.q": heads.queries, "attn.k": heads.keys} if heads else {}
-        role = target.linear.roles[0] if len(target.linear.roles) == 1 else ""
-        if role not in count or not solver_options(self.job.recipe).get("coupled"):
+        rows, role = target.shape[0], ",".join(target.linear.roles)
+        if role not in ("attn.q", "attn.k") or not solver_options(self.job.recipe).get("coupled"):
             return rows
+        heads = self.job.heads(block)
+        if heads is None:
+            return rows
+        count = {"attn.q": heads.queries, "attn.k": heads.keys}
         least = PANEL * self.job.threads
         return -(-count[role] // least) * least * (rows // count[role])
 

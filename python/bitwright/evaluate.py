@@ -89,11 +89,11 @@ class _Model:
         """Outputs of the last block, batch by batch."""
         begin = time.perf_counter()
         size = max(1, TOKENS_PER_BATCH // ids.shape[1])
-        batches = [self.skeleton.embed(ids[i : i + size]) for i in range(0, len(ids), size)]
+        batches = [self.skeleton.embed(ids[i : i + size]).cpu() for i in range(0, len(ids), size)]
         self.skeleton.empty()
         for i in range(self.skeleton.count):
             with self.skeleton.block(i):
-                batches = [self.skeleton.forward_block(i, batch) for batch in batches]
+                batches = [self.skeleton.forward_block(i, batch).cpu() for batch in batches]
             progress.advance()
         devices.settle(self.skeleton.device)
         self.seconds += time.perf_counter() - begin
@@ -161,6 +161,7 @@ def _score(
     }
 
 
+@devices.guarded()
 def compare(
     base: str | Path,
     quant: str | Path,

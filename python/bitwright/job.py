@@ -126,9 +126,8 @@ class Job:
         kept = [f"kept in float, no linear: {name}" for name in self.unreached]
         if self.recipe.method != "rtn" and recipes.solver_options(self.recipe).get("coupled"):
             why = heads_of(self.skeleton, 0, self.arch, self.recipe.length)
-            kept += (
-                [f"rows of q and k are solved one by one: {why}"] if isinstance(why, str) else []
-            )
+            if isinstance(why, str):
+                kept.append(f"rows of q and k are solved one by one: {why}")
         return (*kept, *self.format.notes(tuple(self.targets.values())))
 
     def weight(self, target: Target) -> F32:
@@ -188,7 +187,7 @@ def open_job(
     checkpoint = Checkpoint(Path(source))
     _require_float(checkpoint)
     shapes = {name: entry[0] for name, entry in checkpoint.entries.items()}
-    place = devices.choose(device)
+    place = _place(recipe, device)
     skeleton = Skeleton(
         checkpoint.path, checkpoint.read, shapes, dtype or forward_dtype(place), device=place
     )
@@ -207,10 +206,16 @@ def outline_job(
     """The same for a config.json alone: what a run would be on the weights that it asks for."""
     outline = Outline(config)
     _require_float(outline)
-    place = devices.choose(device)
+    place = _place(recipe, device)
     skeleton = Skeleton(config, outline.read, None, dtype or forward_dtype(place), device=place)
     outline.promise({s: tuple(skeleton.slots[n].meta.shape) for n, s in skeleton.sources.items()})
     return _job(outline, skeleton, recipe, threads)
+
+
+def _place(recipe: Recipe, wish: str | None) -> devices.Device:
+    """Where the forward runs; plain rounding has none."""
+    place = devices.choose(wish)
+    return devices.CPU if recipe.method == "rtn" else place
 
 
 def _job(checkpoint: Checkpoint, skeleton: Skeleton, recipe: Recipe, threads: int | None) -> Job:

@@ -63,8 +63,9 @@ def quantize(
     the shipped text; for a module that is no transformers model an iterable of its inputs.
     tokenizer: for a model in memory that was not loaded from a folder with one. work: folder for
     what is finished (default OUT.work, removed at the end). threads: of the C++ core. device: of
-    the forward and the Gram sums, "cpu" or "cuda" (None: a GPU where torch has one). memory: bytes
-    that the run may take; where parked activations do not fit, blocks run again for each group.
+    the forward and the Gram sums, "cpu" or "cuda" (None: a GPU where torch has one; other modules
+    run where they stand). memory: bytes that the run may take; where parked activations do not fit
+    into them, or into what a GPU has free, blocks run again for each group.
     max_shard_size: bytes. strict: a fallback is an error. Returns the report that also lies in
     `out`. Errors: InputError, RefusedError (ValueErrors), NumericalError, VerificationError.
     """
@@ -83,6 +84,11 @@ def quantize(
     if isinstance(model_or_path, PreTrainedModel):
         return _transformers(model_or_path, tokenizer, out, wish, keywords)
     if isinstance(model_or_path, nn.Module):
+        if device not in (None, "cpu"):
+            raise RefusedError(
+                f"[quantize] wanted a checkpoint or a transformers model for device {device!r}, "
+                f"got {type(model_or_path).__name__}, which runs where it stands"
+            )
         return _plain(model_or_path, wish, calibration, strict)
     raise RefusedError(
         "[quantize] wanted a checkpoint folder or a torch module, got "

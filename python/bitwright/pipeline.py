@@ -41,7 +41,6 @@ from bitwright.progress import Progress, silent
 from bitwright.report import RunReport
 from bitwright.solving import BlockSolver
 from bitwright.spec import (
-    DeviceError,
     DiskError,
     Group,
     InputError,
@@ -240,6 +239,7 @@ def _tokens(job: Job, calibration: Any) -> Tokens | None:
     return collect(calibration, tokenizer, job.recipe, vocabulary)
 
 
+@devices.guarded()
 def quantize(
     source: Path,
     out: Path,
@@ -270,7 +270,6 @@ def quantize(
         limited(job.threads),
         precision.products(job.dtype, job.device.type),
         _leaving_nothing(folder if fresh else None),
-        devices.guarded(job.device),
         Spool(folder) as spool,
     ):
         tokens = _tokens(job, calibration)
@@ -295,11 +294,11 @@ def quantize(
 @contextmanager
 def _leaving_nothing(folder: Path | None) -> Iterator[None]:
     """Input that cannot be used takes the work folder that it made along: nothing could go on
-    there. A full disk or GPU and an interruption leave it."""
+    there. A full disk, a full GPU or an interruption leaves it."""
     try:
         yield
     except (InputError, RefusedError) as error:
-        if folder is not None and not isinstance(error, DiskError | DeviceError):
+        if folder is not None and not isinstance(error, DiskError):
             shutil.rmtree(folder, ignore_errors=True)
         raise
 

@@ -146,6 +146,7 @@ def make_for(job: Job, memory: int | None = None, timed: bool = True) -> Plan:
     )
 
 
+@devices.guarded()
 def make(
     source: str | Path,
     recipe: Recipe,

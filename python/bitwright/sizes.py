@@ -86,14 +86,22 @@ class Sizes:
         kv = int(getattr(self.config, "num_key_value_heads", None) or heads)
         return max(n for n in range(1, min(kv, most) + 1) if kv % n == 0)
 
-    def embed(self) -> int:
-        skeleton, entries = self.job.skeleton, self.job.checkpoint.entries
+    def _sources(self) -> set[str]:
+        """Tensors that lie in no block and are no head of their own."""
+        skeleton = self.job.skeleton
         elsewhere = {
             *skeleton.under(skeleton.block_path),
             *(skeleton.under(skeleton.head) if skeleton.head else ()),
         }
-        sources = {skeleton.sources[name] for name in skeleton.slots if name not in elsewhere}
-        held = sum(math.prod(entries[source][0]) for source in sources) * self.item
+        return {skeleton.sources[name] for name in skeleton.slots if name not in elsewhere}
+
+    def _outside(self) -> int:
+        entries = self.job.checkpoint.entries
+        return sum(math.prod(entries[source][0]) for source in self._sources())
+
+    def embed(self) -> int:
+        entries, sources = self.job.checkpoint.entries, self._sources()
+        held = self._outside() * self.item
         if self.job.device.type != "cpu":
             return max((entries[source][2] for source in sources), default=0) + self.stream
         converted = [entries[s][2] for s in sources if str(entries[s][1]) != self.job.dtype]
@@ -127,7 +135,7 @@ class Sizes:
         return found
 
     def on_device(self, rerun: bool) -> int:
-        """Of a GPU that runs the forward: a block where it holds most."""
+        """Of a GPU that runs the forward: the embeddings, or a block where it holds most."""
         arch, tokens = self.job.arch, self.batch if rerun else self.tokens
         parked = parked_bytes(arch, self.shape, tokens, self.item)
         working = working_bytes(arch, self.shape, self.batch, self.item) + self._scores()
@@ -137,7 +145,8 @@ class Sizes:
             + 4 * self.columns(group) ** 2
             for group in arch.groups
         ]
-        return self.weights() + working + max(held) + WORKSPACE
+        embed = self._outside() * self.item + self.batch * self.hidden * self.item
+        return max(self.weights() + working + max(held), embed) + WORKSPACE
 
     def block(self, rerun: bool) -> int:
         return max(self.groups(rerun).values())

@@ -175,12 +175,10 @@ class BlockSolver:
 
     def _metric(self, group: Group, target: Target, stats: Stats) -> F64 | None:
         """What attention multiplies the rows of q and k with; None for others."""
-        role = next((r for r in target.linear.roles if r in PARTNERS), None)
-        heads = self.job.heads(self.block)
-        if role is None or heads is None or stats.H is None:
-            return None
-        found = [x for x in group.linears if x.roles == (PARTNERS[role],)]
-        if len(found) != 1 or target.linear.roles != (role,):
+        role = target.linear.roles[0] if len(target.linear.roles) == 1 else ""
+        found = [x for x in group.linears if x.roles == (PARTNERS.get(role),)]
+        heads = self.job.heads(self.block) if len(found) == 1 else None
+        if heads is None or stats.H is None:
             return None
         partner = self.job.weight(self.job.target(self.block, found[0]))
         return metrics(heads, role, partner, stats.H)

@@ -1,4 +1,4 @@
-"""The nouns of bitwright, all on one page.
+"""The nouns of bitwright; those of a block (Linear, Group, Heads, Arch) are in structure.py.
 
 Symbols, the same in every file: `W` is a weight matrix (n, k) = (out, in), row-major, as a
 checkpoint stores it; `g` columns of a row share a scale `s` and a zero point `z`; a code c means

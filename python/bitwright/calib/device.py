@@ -65,21 +65,25 @@ def settle(device: torch.device) -> None:
 
 
 @contextmanager
-def guarded(device: torch.device) -> Iterator[None]:
+def guarded() -> Iterator[None]:
     """Running out of a card's memory becomes one sentence."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         line = str(error).strip().partition("\n")[0].partition(". GPU")[0]
         raise DeviceError(
-            f"[device] wanted more memory than {label(device)} has left ({line}); shorter windows, "
-            "a GPU that nobody else uses, or --device cpu take less"
+            f"[device] wanted more memory than the GPU has left ({line}); shorter windows, a "
+            "GPU that nobody else uses, or --device cpu take less"
         ) from error
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a card that can be taken now."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    """Memory of a card that can be taken now, what torch keeps for later included."""
+    if device.type == "cpu":
+        return 0
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free: int = torch.cuda.mem_get_info(device)[0] + kept
+    return free
 
 
 def peak_bytes(device: torch.device, forget: bool = False) -> int:

@@ -52,7 +52,8 @@ def _covariances(heads: Heads, W: F32, H: F64) -> F64:
 
 def _turned(A: F64, heads: Heads, sign: float) -> F64:
     """The mean of R A R^T over distances from 0 to the window's length."""
-    distances = (*NEAR, *(i * heads.reach // (FAR + 2) for i in range(1, FAR + 1)))
+    near = (distance for distance in NEAR if distance < heads.reach)
+    distances = (*near, *(i * heads.reach // (FAR + 2) for i in range(1, FAR + 1)))
     total = np.zeros_like(A)
     for distance in distances:
         angles = [sign * distance * turn for turn in heads.turns.tolist()]

@@ -19,7 +19,11 @@ error as well: alpha W C + r D in the place of alpha W C, D = (S_float - S)^T X 
 WaterSIC). Measured, 32 x 512 tokens, two texts: int4-g64 KL .0588 / .0631 without, .0545 / .0612
 with 1/8, the default, .0654 / .0719 with 1/2; int3-g64-asym .221 / .226 without, .199 / .203 with
 1/8, .191 / .203 with 1/4, the default; int2-g64-asym .767 / .803 without, .660 / .717 with 1/4,
-.650 / .694 with 3/8, the default (128 x 512: .580 / .619 and .560 / .580).
+.650 / .694 with 3/8, the default (128 x 512, all of them compared: .580 / .619 and .560 / .580).
+
+Rows of q and k (11). `coupled`: rows of a head are solved in turn under `metric`, what attention
+multiplies them with; 128 x 512 tokens: int4-g64 KL .0501 / .0504 without and .0467 / .0502 with it,
+int3-g64-asym .184 / .181 and .179 / .178.
 
 Blocks of rows may have an H (and C) each: v's KV heads, under their attention-mixed inputs. How the
 statistics are taken: `attention` n, v's inputs mixed by every n-th query, 0: plain; `compare` n,
