@@ -138,6 +138,24 @@ def test_interrupted_after_some_steps(base, tmp_path, method, steps):
     assert contents(out) == want
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+@pytest.mark.parametrize("steps", [4, 9, 14])
+def test_what_the_capture_found_is_told_after_a_resume(tmp_path, monkeypatch, name, steps):
+    """Attention that nobody knows: v has the plain Gram from block 0 on. The report is among what
+    is compared, and a fused projection is cut into the same stages."""
+    base, out = tiny_models.save(tiny_models.make(name), tmp_path / "base"), tmp_path / "out"
+    monkeypatch.setattr("bitwright.calib.attention.mix", lambda *_: None)
+    quantize(base, out)
+    want = contents(out)
+    told = json.loads((out / "bitwright-report.json").read_text())["notes"]
+    assert any("v has the plain Gram: model.layers.0 attends" in note for note in told)
+    shutil.rmtree(out)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(base, out, progress=Stop(steps))
+    quantize(base, out)
+    assert contents(out) == want
+
+
 def test_what_is_finished_is_not_solved_again(base, tmp_path, monkeypatch):
     out, solved = tmp_path / "out", []
     gptq = bitwright.registry.get("solvers", "gptq")
@@ -208,6 +226,7 @@ def test_the_instruction_set_and_versions_are_part_of_it(base, tmp_path, monkeyp
         quantize(base, tmp_path / "out")
     stored = json.loads((tmp_path / "out.work" / "fingerprint.json").read_text())
     assert {"torch", "transformers", "bitwright", "batch", "threads", "dtype"} <= set(stored)
+    assert {"matmul", "device"} <= set(stored)
 
 
 def test_a_work_folder_that_is_not_ours(base, tmp_path):

@@ -86,6 +86,7 @@ class _Run:
         capture = Capture(
             skeleton, self.job.arch, partial(_Collector, self), self.job.mix, self.job.sums
         )
+        capture.recall(self.spool.notes())
         stages = capture.stages(first)
         steps = len(hidden) * sum(bool(self.job.mix) or not g.inside_attention for g in stages)
         self.progress.start((skeleton.count - first) * steps, "capture and solve")
@@ -143,6 +144,7 @@ class _Run:
             return weights
 
         def solve(group: Group, stats: Stats) -> Mapping[str, Any]:
+            self.spool.save_notes(capture.told)
             with phase("solve"):
                 return solver.solve(group, stats)
 

@@ -9,6 +9,8 @@ run that is killed loses at most the piece in work and the one before it.
     linears/<name>.safetensors    words, scales, zeros (steps of two-level scales, column_scales
                               where a norm absorbed them), scheme and report in the metadata
     norms/<name>.safetensors  a norm that absorbed column scales: gain, bias, scales
+    notes.json                what the report will say about the capture, and in which block it was
+                              found
     hidden-<i>.safetensors    inputs of block i, one tensor per batch; only the newest is kept
 
 A file appears by rename, so it is complete or not there. Whatever is there when a run starts is
@@ -189,6 +191,16 @@ class Spool:
             return None
         file = safetensors.SafetensorsFile(path)
         return {key: file.read(key) for key in file.entries}, float(file.metadata["exponent"])
+
+    def save_notes(self, told: Mapping[str, int]) -> None:
+        """Notes and their blocks; before anything that was made under them."""
+        if told and dict(told) != self.notes():
+            safetensors.write_text(self.folder / "notes.json", json.dumps(dict(told), indent=1))
+
+    def notes(self) -> dict[str, int]:
+        path = self.folder / "notes.json"
+        told: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
+        return told
 
     def save_hidden(self, block: int, batches: Sequence[npt.NDArray[Any]]) -> None:
         """The inputs of block `block`; those of earlier blocks are dropped once these are there."""

@@ -32,7 +32,7 @@ unwinds it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -68,9 +68,12 @@ class Capture:
     collector: makes the statistics of k columns, for a number of heads (0: one matrix). mix: v's
     statistics are those of its attention-mixed inputs, of every `mix`th query; 0: they are not.
     sums: where there are two streams, the statistics of linears whose outputs are added to the
-    residual stream get that as well (`Group.stream`). notes: what a report should say about how
-    the statistics were taken.
+    residual stream get that as well (`Group.stream`). told: what a report should say about how the
+    statistics were taken, and the block where it was found; with what an earlier run was told,
+    `recall` goes on as that one would have.
     """
+
+    PLAIN, OUTSIDE = "v has the plain Gram", "v is solved before attention"
 
     def __init__(
         self,
@@ -83,11 +86,30 @@ class Capture:
         self.skeleton, self.arch, self.collector, self.mix = skeleton, arch, collector, mix
         self.sums = sums
         self.inside = True
-        self.notes: list[str] = []
+        self.told: dict[str, int] = {}
         known = any("attn.v" in x.roles for group in arch.groups for x in group.linears)
         if mix and not known:
             self.mix = 0
-            self.notes.append("v has the plain Gram: the roles of its linears are not known")
+            self.tell(f"{self.PLAIN}: the roles of its linears are not known", 0)
+
+    @property
+    def notes(self) -> list[str]:
+        return list(self.told)
+
+    def tell(self, note: str, block: int) -> None:
+        self.told.setdefault(note, block)
+
+    def recall(self, told: Mapping[str, int]) -> None:
+        """What was told by a run that is taken up."""
+        self.told = {**told, **self.told}
+
+    def _take_up(self, i: int) -> None:
+        """What was found in the blocks before i, by this run or the one that it takes up."""
+        earlier = [note for note, block in self.told.items() if block < i]
+        if any(note.startswith(self.PLAIN) for note in earlier):
+            self.mix = 0
+        if any(note.startswith(self.OUTSIDE) for note in earlier):
+            self.inside = False
 
     def stages(self, i: int) -> tuple[Group, ...]:
         """The groups of block i in the order in which they are solved: a fused q, k, v is two."""
@@ -124,6 +146,7 @@ class Capture:
             tuple(Stream(h, quantized=n == 0) for n, h in enumerate(streams)) for streams in hidden
         ]
         hidden.clear()
+        self._take_up(i)
         with torch.inference_mode(), self.skeleton.block(i):
             run = _Run(self, i, batches, rerun)
             for g, group in enumerate(run.groups):
@@ -291,9 +314,10 @@ class _Run:
     def _stay_outside(self) -> None:
         if self.capture.inside:
             self.capture.inside = False
-            self.capture.notes.append(
-                f"v is solved before attention, with the plain Gram: {self.path} does not hand it "
-                "a view of v's output"
+            self.capture.tell(
+                f"{self.capture.OUTSIDE}, with the plain Gram: {self.path} does not hand it a view "
+                "of v's output",
+                self.i,
             )
 
     def _abandon(self) -> None:
@@ -357,15 +381,15 @@ class _Run:
             self._tell_pools(call.key.shape[1], len(mixed))
             return Arrival(mixed, len(mixed))
         self.capture.mix = 0
-        self.capture.notes.append(f"v has the plain Gram: {self.path} attends in an unknown way")
+        self.capture.tell(f"{self.capture.PLAIN}: {self.path} attends in an unknown way", self.i)
         return Arrival(x)
 
     def _tell_pools(self, heads: int, pools: int) -> None:
         note = (
             f"v's {heads} KV heads share {pools} Gram matrices, as much as fits beside the widest"
         )
-        if pools < heads and note not in self.capture.notes:
-            self.capture.notes.append(note)
+        if pools < heads:
+            self.capture.tell(note, self.i)
 
     def _park(self, g: int) -> None:
         if self.now is not None and self.now.waiting is not None and self.now.waiting.group < g:
