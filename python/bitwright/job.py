@@ -128,6 +128,11 @@ class Job:
             why = heads_of(self.skeleton, 0, self.arch, self.recipe.length)
             if isinstance(why, str):
                 kept.append(f"rows of q and k are solved one by one: {why}")
+        if self.sums and not any(group.stream for group in self.arch.groups):
+            kept.append(
+                "the error of the residual stream is not made up for: no linear's outputs are "
+                "known to be added to it as they are"
+            )
         return (*kept, *self.format.notes(tuple(self.targets.values())))
 
     def weight(self, target: Target) -> F32:
