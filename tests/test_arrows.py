@@ -51,13 +51,13 @@ ARROWS = {
     "trial": {"spec", "ops", "calib"},
     "estimate": {"spec", "registry", "recipe", "calib", "transforms", "job", "sizes", "trial"},
     "plan": {"spec", "cgroup", "files", "calib", "job", "sizes", "estimate", "pool"},
-    "evaluate": {"spec", "registry", "files", "formats", "calib", "progress"},
+    "evaluate": {"spec", "registry", "ops", "files", "formats", "calib", "pool", "progress"},
     "inspection": {"spec", "registry", "archs", "files", "formats", "report", "papers"},
     "conversion": RESULT | {"calib", "job", "report", "export", "papers"},
     "pipeline": RESULT
     | {"calib", "clock", "export", "plan", "fingerprint", "job", "papers", "pool", "report"}
     | {"solving", "spool"},
-    "module": RESULT | {"calib", "export", "pipeline", "plan", "report"},
+    "module": RESULT | {"calib", "export", "matrix", "pipeline", "plan", "report"},
 }
 FREE = {
     "__init__",

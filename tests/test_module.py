@@ -99,6 +99,11 @@ def test_what_a_plain_module_needs_is_said(net):
         RefusedError, match=r"wanted a checkpoint folder or a torch module, got int"
     ):
         bitwright.quantize(3)
+    options = {"attention": 4, "alpha": 1.0, "damping": 0.1}
+    with pytest.raises(InputError, match=r"options of a matrix on its own, got attention, alpha"):
+        bitwright.quantize(net, scheme="int4-g16", calibration=inputs(), options=options)
+    with pytest.raises(InputError, match=r"options of a matrix on its own, got coupled: they need"):
+        bitwright.quantize_matrix(np.ones((4, 32)), np.eye(32), coupled=True)
     with pytest.raises(InputError, match=r"wanted out="):
         bitwright.quantize(embedded_model())
 

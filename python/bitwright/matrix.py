@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
+from types import ModuleType
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -11,6 +13,16 @@ from bitwright import ops, registry, schemes
 from bitwright.spec import F32, InputError, QTensor, Report, Scheme, Stats
 
 SYMMETRY = 1e-2  # |H - H^T| relative to the largest diagonal entry: a product in bf16 keeps within
+
+
+def require_of_a_matrix(op: str, solver: ModuleType, options: Iterable[str]) -> None:
+    """InputError for an option that a matrix on its own has no use for."""
+    unread = [name for name in getattr(solver, "OF_A_RUN", ()) if name in set(options)]
+    if unread:
+        raise InputError(
+            f"[{op}] wanted options of a matrix on its own, got {', '.join(unread)}: they need a "
+            "checkpoint or a transformers model"
+        )
 
 
 def _stats(H: Any, k: int, tokens: int | None) -> Stats:
@@ -74,9 +86,10 @@ def quantize_matrix(
     refine, negative, order; solvers/gptq.py). Returns the QTensor, with report=True also the
     Report. A fallback is a RuntimeWarning.
     """
+    solver = registry.get("solvers", method or ("rtn" if H is None else "gptq"))
+    require_of_a_matrix("quantize_matrix", solver, options)
     array = _weights(W)
     wanted = schemes.parse(scheme) if isinstance(scheme, str) else scheme
-    solver = registry.get("solvers", method or ("rtn" if H is None else "gptq"))
     stats = None if H is None else _stats(H, array.shape[1], tokens)
     q, result = solver.solve(array, stats, wanted, **options)
     if result.fallback and not report:

@@ -31,6 +31,7 @@ from bitwright.export import MAX_SHARD_SIZE
 from bitwright.files.checkpoint import Checkpoint, copy_side_files
 from bitwright.files.hub import resolve
 from bitwright.formats.dense import Dense, dense
+from bitwright.matrix import require_of_a_matrix
 from bitwright.progress import Progress, silent
 from bitwright.report import RunReport
 from bitwright.spec import InputError, QTensor, Recipe, RefusedError, Report, Scheme, Stats
@@ -134,6 +135,12 @@ def _load_into(model: PreTrainedModel, view: Dense, report: RunReport) -> None:
             parameter.copy_(as_tensor(ops.as_numpy(view.read(name))))
 
 
+_ALONE = (
+    "every linear was solved on the inputs of the unquantized module, alone: no float model beside "
+    "the quantized one, v on its plain Gram, rows of q and k one by one",
+)
+
+
 @torch.no_grad()
 def _plain(module: nn.Module, recipe: Recipe, calibration: Any, strict: bool) -> RunReport:
     if recipe.method.startswith("awq"):
@@ -141,6 +148,7 @@ def _plain(module: nn.Module, recipe: Recipe, calibration: Any, strict: bool) ->
             f"[quantize] wanted a transformers model for {recipe.method}, whose norms absorb the "
             f"column scales, got {type(module).__name__}; rtn and gptq work"
         )
+    require_of_a_matrix("quantize", registry.get("solvers", recipe.method), recipe.options)
     begin = time.perf_counter()
     linears = {
         name: m
@@ -165,7 +173,7 @@ def _plain(module: nn.Module, recipe: Recipe, calibration: Any, strict: bool) ->
         tokens=tokens,
         linears=tuple(solved),
         skipped=tuple(name for name, scheme in schemes.items() if scheme is None),
-        notes=("every linear was solved on the inputs of the unquantized module",) if stats else (),
+        notes=_ALONE if stats else (),
         unused_overrides=unused,
         versions={name: version(name) for name in ("bitwright", "torch", "numpy")},
         isa=ops.isa(),
