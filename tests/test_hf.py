@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import threading
 from functools import partial
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -322,6 +325,31 @@ def test_a_plain_import_of_the_package_loads_no_torch():
     assert "load" in dir(bitwright)
 
 
+WAITING = {
+    "load": "import bitwright; bitwright.load({folder!r})",
+    "quantize": "import bitwright; bitwright.quantize",
+    "hub": "import bitwright.hf",
+    "numpy": "import bitwright; bitwright.parse_scheme('int4-g64'); import bitwright.ops",
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp tells its settings")
+@pytest.mark.parametrize("way", WAITING)
+def test_threads_wait_passively_whoever_loads_openmp(quantized, way):
+    """torch's library and ours are one; it is told before the first of them is loaded."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    for wish, told in ((None, "PASSIVE"), ("active", "ACTIVE")):
+        chosen = {} if wish is None else {"OMP_WAIT_POLICY": wish}
+        done = subprocess.run(
+            [sys.executable, "-c", WAITING[way].format(folder=str(quantized))],
+            env={**environment, **chosen, "OMP_DISPLAY_ENV": "true"},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        policies = re.findall(r"OMP_WAIT_POLICY = '(\w+)'", done.stderr)
+        assert policies
+        assert set(policies) == {told}
+
+
 def test_linears_with_one_input_are_multiplied_together(quantized, monkeypatch):
     """Bit for bit what single calls give; q, k, v and gate, up are two calls of a block's seven."""
     model, calls = bitwright.load(quantized, fused=False), []
@@ -369,7 +397,6 @@ def test_threads_that_share_a_model_get_their_own(quantized):
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT: of custom modules, and of transformers
 def test_peft_trains_adapters_and_saves_them_alone(quantized, tmp_path):
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
     config._register_custom_module({hf.QuantLinear: peft.tuners.lora.Linear})
     torch.manual_seed(0)

@@ -8,13 +8,20 @@
     StatsCollector(k).update(x).finish()  what the solver wants to know of a layer's inputs
 
 Names are resolved when first used: the NumPy part works without torch.
+
+OpenMP's waiting policy is read when its library is loaded, by torch or by our core; where nobody
+has set one it becomes passive here, because spinning threads starve each other on small virtual
+machines. A process that imports torch before bitwright keeps the library's own.
 """
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 _HOMES = {
     "quantize": "module",

@@ -4,13 +4,7 @@ Contracts and formulas: csrc/ops.h; a plain NumPy twin of every op: tests/ref. H
 contiguous in plain sight, dtypes and dimensions are checked with a sentence, outputs are allocated.
 
 Threads: `threads()` starts as the CPUs this process may use (affinity, then the cgroup's quota).
-OpenMP's waiting policy is read when its library is loaded; where nobody has set one it becomes
-passive, because spinning threads starve each other on small virtual machines.
 """
-
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from bitwright.ops.arrays import BFLOAT16 as BFLOAT16
 from bitwright.ops.arrays import as_numpy as as_numpy
