@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM
 
 import bitwright
 import tiny_models
-from bitwright import registry
+from bitwright import ops, registry
 from bitwright.demo import embedded_model
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.formats.dense import dense
+from bitwright.progress import Silent
 from bitwright.spec import InputError
 
 IDS = np.random.default_rng(0).integers(3, tiny_models.VOCAB, (5, 24))
@@ -49,6 +50,28 @@ def test_equal_to_transformers_own_logits(tmp_path, name, fmt):
     assert got == pytest.approx([float(w) for w in want], rel=1e-4)
     assert e.tokens == IDS.size
     assert e.bytes == Checkpoint(out).total_bytes
+
+
+def test_torch_takes_no_more_threads_than_the_core():
+    """A control group's quota is the core's number, torch counts CPUs."""
+    seen, before = [], (ops.threads(), torch.get_num_threads())
+
+    class Seen(Silent):
+        def advance(self, n=1):  # noqa: ARG002
+            seen.append((ops.threads(), torch.get_num_threads()))
+
+    ids = np.arange(32).reshape(1, 32)
+    try:
+        for core, own, least in ((1, 3, 1), (3, 2, 2)):
+            ops.set_threads(core)
+            torch.set_num_threads(own)
+            bitwright.compare(embedded_model(), embedded_model(), ids=ids, progress=Seen())
+            assert set(seen) == {(least, least)}
+            assert (ops.threads(), torch.get_num_threads()) == (core, own)
+            seen.clear()
+    finally:
+        ops.set_threads(before[0])
+        torch.set_num_threads(before[1])
 
 
 def test_a_model_and_itself():

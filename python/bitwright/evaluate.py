@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bitwright import ops
 from bitwright.calib import device as devices
 from bitwright.calib import precision
 from bitwright.calib.data import load_tokenizer, tokenise, validation_text
@@ -30,6 +31,7 @@ from bitwright.calib.skeleton import Skeleton, longest_window
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.files.hub import resolve
 from bitwright.formats.dense import dense
+from bitwright.pool import limited
 from bitwright.progress import Progress, silent
 from bitwright.spec import InputError
 
@@ -196,7 +198,8 @@ def compare(
             f"[evaluate] wanted windows of at most {longest} tokens, what the models take, got "
             f"{ids.shape[1]}"
         )
-    with precision.products("float32", place.type):
+    threads = min(ops.threads(), torch.get_num_threads())
+    with limited(threads), precision.products("float32", place.type):
         scores = _score(original, other, ids, progress)
     return Evaluation(
         base=str(base),
