@@ -94,6 +94,49 @@ def test_what_load_refuses_by_name(source, quantized, tmp_path):
         AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
 
 
+UNKNOWN = {
+    "bitwright": [({"rotation": "hadamard"}, "rotation = hadamard")],
+    "gptq": [
+        ({"rotation": "quarot"}, "rotation = quarot"),
+        ({"adapter": {"name": "lora", "rank": 8}}, "adapter = "),
+        ({"is_marlin_format": True}, "is_marlin_format = True"),
+    ],
+    "compressed-tensors": [
+        ({"transform_config": {"config_groups": {"R1": {}}}}, "transform_config = "),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config = "),
+        ({"tomorrow": 1}, "tomorrow = 1"),
+    ],
+}
+
+
+@pytest.mark.parametrize("method", UNKNOWN)
+def test_settings_that_nobody_knows_are_refused_by_name(source, tmp_path, method):
+    """They could mean other weights; empty ones mean nothing."""
+    made = tmp_path / "made"
+    bitwright.quantize(source, out=made, scheme="int4-g16", method="rtn", format=method)
+    for i, (change, sentence) in enumerate(UNKNOWN[method]):
+        wrong = settings_of(made, **change)
+        folder = edited(made, tmp_path / str(i), quantization_config=wrong)
+        with pytest.raises(RefusedError, match=f"wanted settings that are known, got {sentence}"):
+            bitwright.load(folder)
+        empty = settings_of(made, **{name: type(value)() for name, value in change.items()})
+        bitwright.load(edited(made, tmp_path / f"{i}-empty", quantization_config=empty))
+
+
+def test_settings_inside_groups_are_refused_by_name(source, tmp_path):
+    made = tmp_path / "made"
+    bitwright.quantize(source, out=made, scheme="int4-g16", method="rtn")
+    for where in ("group", "weights"):
+        wrong = settings_of(made)
+        group = wrong["config_groups"]["group_0"]
+        (group if where == "group" else group["weights"])["dithered"] = True
+        folder = edited(made, tmp_path / where, quantization_config=wrong)
+        with pytest.raises(RefusedError, match="wanted settings that are known, got dithered"):
+            bitwright.load(folder)
+    dense = settings_of(made, sparsity_config={"format": "dense", "global_sparsity": 0.1})
+    bitwright.load(edited(made, tmp_path / "dense", quantization_config=dense))
+
+
 def test_nan_in_a_file_is_found(quantized, tmp_path):
     for name in ("model.layers.0.mlp.up_proj.scales", "model.norm.weight"):
         tensors = folders.load_bytes(quantized)

@@ -51,6 +51,7 @@ import numpy.typing as npt
 from bitwright import ops, schemes
 from bitwright.files.checkpoint import fetch
 from bitwright.formats.order import act_order
+from bitwright.formats.settings import OF_GROUPS, OF_WEIGHTS, require_known
 from bitwright.spec import Arch, InputError, QTensor, RefusedError, Scheme, Target
 
 METHOD = "compressed-tensors"
@@ -194,6 +195,11 @@ def _groups(config: Mapping[str, Any]) -> list[tuple[list[str], dict[str, Any]]]
             "[compressed-tensors] wanted patterns as ignore, and targets and weights in each of "
             f"the config_groups, got {dict(config)!s:.200}"
         ) from error
+    for group, (_, weights) in zip(config["config_groups"].values(), groups, strict=True):
+        require_known(METHOD, group, OF_GROUPS)
+        require_known(METHOD, weights, OF_WEIGHTS)
+    if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        require_known(METHOD, {"sparsity_config": config["sparsity_config"]}, ())
     return groups
 
 

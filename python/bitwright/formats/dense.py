@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from bitwright import archs, ops, registry
 from bitwright.files.checkpoint import Checkpoint
+from bitwright.formats.settings import SETTINGS, require_known
 from bitwright.spec import InputError, QTensor, Scheme
 
 DEPTH = 3  # names below a module path: "weight.quant_state.bitsandbytes__nf4"
@@ -33,6 +34,7 @@ class Dense:
                     f"quant_method {method!r} in {checkpoint.path}"
                 )
             self.format = registry.get("formats", method)
+            require_known(method, self.config, SETTINGS[method])
             self.modules = tuple(self.format.quantized(self.config, checkpoint.entries))
         self._shapes = {name: entry[0] for name, entry in checkpoint.entries.items()}
         self._quantized = {f"{module}.weight": module for module in self.modules}
