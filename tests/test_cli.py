@@ -127,7 +127,8 @@ def test_inspect_any_checkpoint(run, quantized):
     assert content["report"]["recipe"]["method"] == "gptq"
     assert max(entry["error"] or 0 for entry in content["entries"]) > 0
     layers = json.loads((quantized / "config.json").read_text())["num_hidden_layers"]
-    assert content["fused"] == f"{layers} of {layers} layers run in one call each"
+    fused = f"{layers} of {layers} layers run in one call each; those fall back where gradients,"
+    assert content["fused"].startswith(fused)
     assert content["fused"] in " ".join(run("inspect", quantized).output.split())
     plain = run("inspect", TINY)
     assert "float" in plain.output

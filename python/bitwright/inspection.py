@@ -148,6 +148,11 @@ def _fused(checkpoint: Checkpoint, names: Collection[str]) -> str:
     count = int(config.get("num_hidden_layers", 0))
     whole = sum(all(ready(f"{arch.blocks}.{i}.{name}") for name in linears) for i in range(count))
     missing = "" if whole == count else "; the others have linears in float or in act-order"
+    if whole:
+        missing += (
+            "; those fall back where gradients, hooks, output_attentions, eager attention, "
+            "torch.compile or a cache of another kind ask for the plain layer"
+        )
     return f"{whole} of {count} layers run in one call each{missing}"
 
 
