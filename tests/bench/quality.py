@@ -1,11 +1,13 @@
 """The README's quality table: every method on one checkpoint, in one run.
 
     python tests/bench/quality.py BASE [--calibration FILE] [--text FILE ...] [--only TEXT,...]
+                                  [--samples 128]
 
 Each row quantizes BASE with 128 x 512 tokens (the shipped calibration text unless told otherwise)
 and compares 12 x 512 tokens of the shipped validation text (or each FILE) with BASE. Peak memory is
 that of a process of its own, beyond what it held after importing torch and bitwright. --only keeps
-the rows that contain one of the texts, such as int4-g64, or "int3-g64-asym gptq fast".
+the rows that contain one of the texts, such as int4-g64, or "int3-g64-asym gptq fast"; without it
+rows of number formats other than integers, and of fixed scales, are there as well.
 """
 
 from __future__ import annotations
@@ -17,25 +19,32 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-RUNS = (
-    ("int4-g64", "rtn", "default"),
-    ("int4-g64", "awq", "default"),
-    ("int4-g64", "awq+gptq", "fast"),
-    ("int4-g64", "gptq", "fast"),
-    ("int4-g64", "gptq", "default"),
-    ("int4-g64", "gptq", "max"),
-    ("int4-g64-asym", "gptq", "default"),
-    ("int4-channel", "gptq", "fast"),
-    ("int4-channel", "gptq", "default"),
-    ("int3-g64-asym", "gptq", "fast"),
-    ("int3-g64-asym", "gptq", "default"),
-    ("int2-g64-asym", "gptq", "fast"),
-    ("int2-g64-asym", "gptq", "default"),
-    ("int8-channel", "gptq", "fast"),
+RUNS = (  # scheme, method, effort, scales where they are not the effort's
+    "int4-g64 rtn default",
+    "int4-g64 awq default",
+    "int4-g64 awq+gptq fast",
+    "int4-g64 gptq fast",
+    "int4-g64 gptq fast mse",
+    "int4-g64 gptq default",
+    "int4-g64 gptq max",
+    "int4-g64-asym gptq default",
+    "int4-channel gptq fast",
+    "int4-channel gptq fast mse",
+    "int4-channel gptq default",
+    "int3-g64-asym gptq fast",
+    "int3-g64-asym gptq default",
+    "int2-g64-asym gptq fast",
+    "int2-g64-asym gptq default",
+    "int8-channel gptq fast",
+    *(
+        f"{table} {how}"
+        for table in ("nvfp4", "mxfp4", "nf4-g64")
+        for how in ("rtn default", "gptq fast minmax", "gptq fast mse", "gptq default")
+    ),
 )
 
 
-def one(base: str, row: tuple[str, str, str], calibration: str | None, texts: Any) -> Any:
+def one(base: str, row: str, samples: int, calibration: str | None, texts: Any) -> Any:
     """Scores on each text, seconds and bytes of one row."""
     import bitwright  # noqa: PLC0415  in a process of its own
     from bitwright import module, plan  # noqa: PLC0415
@@ -43,8 +52,12 @@ def one(base: str, row: tuple[str, str, str], calibration: str | None, texts: An
     held = plan.resident_bytes()
     scratch = Path(tempfile.mkdtemp())
     try:
-        wish = dict(zip(("scheme", "method", "effort"), row, strict=True))
-        report = module.quantize(base, out=scratch / "out", calibration=calibration, **wish)
+        scheme, method, effort, *scales = row.split()
+        report = module.quantize(
+            base, out=scratch / "out", calibration=calibration, scheme=scheme, method=method,
+            effort=effort, samples=samples, options={"scales": scales[0]} if scales else {},
+            format="bitwright",
+        )  # fmt: skip
         scores = [bitwright.compare(base, scratch / "out", text=text) for text in texts]
     finally:
         shutil.rmtree(scratch)
@@ -58,18 +71,20 @@ def main() -> None:
     parser.add_argument("--calibration")
     parser.add_argument("--text", nargs="*", default=[None])
     parser.add_argument("--only", default="")
+    parser.add_argument("--samples", type=int, default=128)
     a = parser.parse_args()
-    print("| scheme | method | effort | KL mean | perplexity | top-1 | bits | seconds | MB |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| scheme, method, effort | KL mean | perplexity | top-1 | bits | seconds | MB |")
+    print("|---|---|---|---|---|---|---|")
     context = multiprocessing.get_context("spawn")
     for row in RUNS:
-        if not any(part in " ".join(row) for part in a.only.split(",")):
+        if not any(part in row for part in a.only.split(",")):
             continue
         with context.Pool(1) as pool:
-            scores, seconds, extra = pool.apply(one, (a.base, row, a.calibration, a.text))
+            wish = (a.base, row, a.samples, a.calibration, a.text)
+            scores, seconds, extra = pool.apply(one, wish)
         first = scores[0]
         print(
-            f"| {' | '.join(row)} | {', '.join(f'{s.kl_mean:.4f}' for s in scores)} "
+            f"| {row} | {', '.join(f'{s.kl_mean:.4f}' for s in scores)} "
             f"| {first.perplexity:.2f} | {100 * first.top1:.1f} % | {first.bits_per_weight:.2f} "
             f"| {seconds:.0f} | {extra / 1e6:.0f} |",
             flush=True,
