@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,50 @@ def test_the_range_of_a_table_may_end_before_its_last_level(name: str) -> None:
     assert unused.any()
     assert ops.feedback_factors(schemes.parse("int4-g64")) is ops.FEEDBACK_FACTORS
     assert ops.feedback_factors(schemes.parse("mxfp4")) is ops.POWER_FACTORS
+
+
+def test_the_candidates_are_those_that_the_docs_name() -> None:
+    """docs/solver.md 6.3: 25 scales, the spanning one first, .45 to 1.05 of it in steps of .025."""
+    factors = ops.FEEDBACK_FACTORS
+    assert len(factors) == 25
+    assert factors[0] == 1
+    assert np.allclose(np.sort(factors), np.arange(18, 43) * 0.025)
+    assert len(ops.feedback_factors(schemes.parse("nvfp4"))) == 25
+    assert (gptq.DAMPING[2], gptq.DAMPING[3], gptq.DEFAULT_DAMPING) == (0.05, 0.02, 0.01)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_no_step_of_the_refinement_loses(name: str) -> None:
+    """Every prefix of the pattern is no worse than the one before, row by row."""
+    W, H, s = weights(48, 128), hessian(128), schemes.parse(name)
+    swept, _ = gptq.solve(W, stats(H), s, refine="", alpha=0.0)
+    added = 0.01 * float(H.diagonal().mean())
+    losses = [ops.refine(W, H, swept, added, pattern="", tolerance=0.0)[1]]
+    for end in range(1, 8):
+        losses.append(ops.refine(W, H, swept, added, pattern="ccclclc"[:end], tolerance=0.0)[1])
+    for before, after in pairwise(losses):
+        assert np.all(after <= before * (1 + 1e-6))
+    assert losses[-1].sum() < losses[0].sum()
+
+
+def test_a_row_rests_once_its_passes_gain_less_than_the_tolerance() -> None:
+    """After a c that, like the last l, gained too little: where nothing is enough that is the c
+    behind the first l; where anything is, the whole pattern is run."""
+    W, H, s = weights(48, 128), hessian(128), schemes.parse("int3-g16")
+    swept, _ = gptq.solve(W, stats(H), s, refine="", alpha=0.0)
+    added = 0.01 * float(H.diagonal().mean())
+
+    def refined(pattern: str, tolerance: float) -> tuple[QTensor, np.ndarray]:
+        return ops.refine(W, H, swept, added, pattern=pattern, tolerance=tolerance)
+
+    rested, loss = refined("ccclclclclc", 1.0)
+    early, _ = refined("ccclc", 0.0)
+    assert np.array_equal(rested.codes, early.codes)
+    assert np.array_equal(rested.scales, early.scales)
+    whole, least = refined("ccclclclclc", 0.0)
+    assert not np.array_equal(rested.codes, whole.codes)
+    between = refined("ccclclclclc", 1e-2)[1]
+    assert least.sum() < between.sum() < loss.sum()
 
 
 def test_scales_of_either_sign_help_symmetric_grids_only() -> None:

@@ -10,6 +10,7 @@ import pytest
 from answers import SCHEMES, SOLVERS, WITH_H, same, solve, sound
 from bitwright import ops, registry, schemes
 from bitwright.matrix import quantize_matrix
+from bitwright.spec import QTensor
 from problems import hessian, stats, weights
 
 
@@ -54,6 +55,42 @@ def test_hard_problems_have_sound_answers(name: str, what: str, scheme: str) -> 
         assert np.all(q.dequantize() == 0)
         assert report.error == 0
     assert not report.fallback
+
+
+def objective(W: np.ndarray, q: QTensor, H: np.ndarray) -> np.ndarray:
+    """e (H + damping) e^T of each row, the damping of 4 bits."""
+    E = W.astype(np.float64) - q.dequantize()
+    return np.sum((E @ (H + 0.01 * H.diagonal().mean() * np.eye(len(H)))) * E, axis=1)
+
+
+@pytest.mark.parametrize("scheme", ["int4-g16-asym", "int3-g16", "nf4-g16", "int4-channel"])
+@pytest.mark.parametrize("what", [w for w in HARD if not w.startswith(("one ", "no ", "const"))])
+def test_hard_problems_are_solved_no_worse_than_rounding(what: str, scheme: str) -> None:
+    """In what the solver minimises, summed over the rows."""
+    W, H = hard(what)
+    q, _ = solve("gptq", W, H, scheme, damping=0.01, alpha=0.0)
+    plain, _ = solve("rtn", W, H, scheme)
+    assert objective(W, q, H).sum() <= objective(W, plain, H).sum() * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["int4-g16-asym", "int3-g16", "nf4-g16"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_constant_row_is_as_exact_as_its_scale(name: str, scheme: str) -> None:
+    """The scale is a bf16 number, whose neighbours are 2^-8 to 2^-7 of it away."""
+    W, H = hard("constant weights")
+    q, _ = solve(name, W, H, scheme)
+    assert np.abs(W - q.dequantize()).max() <= 2.0**-7 * np.abs(W).max()
+
+
+@pytest.mark.parametrize("name", WITH_H)
+def test_an_outlier_is_the_matter_of_its_row(name: str) -> None:
+    """Other rows are what they are without it."""
+    (W, H), (calm, _) = hard("outlier 1e4"), hard("one token")
+    calm, others = calm.copy(), np.arange(9) != 4
+    assert np.array_equal(W[others], calm[others])
+    loud, quiet = (solve(name, V, H, "int4-g16-asym")[0] for V in (W, calm))
+    assert np.array_equal(loud.codes[others], quiet.codes[others])
+    assert np.array_equal(loud.scales[others], quiet.scales[others])
 
 
 @pytest.mark.parametrize("name", WITH_H)

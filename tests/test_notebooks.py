@@ -58,6 +58,16 @@ def kinds(notebook: NotebookNode) -> list[list[str]]:
     ]
 
 
+def words(notebook: NotebookNode) -> list[list[str]]:
+    """The words that each cell puts out, without its figures: rows of tables, names of columns."""
+    found = []
+    for cell in notebook.cells:
+        put_out = [NotebookNode(outputs=cell.get("outputs", []))]
+        told = " ".join(texts(NotebookNode(cells=put_out)))
+        found.append(re.findall(r"[A-Za-z_][\w-]*", re.sub(r"<[^>]*>|0x\w+", " ", told)))
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,10 +75,11 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures go into the notebook
     notebook = nbformat.read(path, as_version=4)
-    stored = kinds(notebook)
+    stored, told = kinds(notebook), words(notebook)
     run(notebook)
     assert not [text for text in texts(notebook) if "Warning:" in text]
     assert kinds(notebook) == stored
+    assert words(notebook) == told
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -116,6 +116,13 @@ def test_calibrated_methods_beat_rounding_on_the_embedded_model(tmp_path):
             embedded_model(), out=out, scheme="int3-g64", method=method, samples=32, length=256
         )
         kl[method] = bitwright.compare(embedded_model(), out, windows=4).kl_mean
+    out = tmp_path / "fast"
+    bitwright.quantize(
+        embedded_model(), out=out, scheme="int3-g64", effort="fast", options={"scales": "mse"},
+        samples=32, length=256,
+    )  # fmt: skip
+    plain = bitwright.compare(embedded_model(), out, windows=4).kl_mean
+    assert kl["gptq"] < 0.66 * plain
     assert kl["gptq"] < 0.5 * kl["rtn"]
     assert kl["awq"] < kl["rtn"]
     assert kl["awq+gptq"] < 1.1 * kl["gptq"]
@@ -172,6 +179,32 @@ def test_thread_counts_give_the_same_bytes(checkpoints, tmp_path):
         quantize(base, tmp_path / str(threads), method="rtn", threads=threads)
     files = [(tmp_path / str(t) / "model.safetensors").read_bytes() for t in (1, 2, 3)]
     assert files[0] == files[1] == files[2]
+
+
+def test_thread_counts_give_the_same_bytes_at_every_effort(checkpoints, tmp_path, monkeypatch):
+    """The solver and the sums at 1, 2 and 3 threads under one forward: torch's is kept at one."""
+    monkeypatch.setattr("bitwright.pool.torch.set_num_threads", lambda _: None)
+    base = checkpoints("llama")
+    for effort in ("fast", "default", "max"):
+        files = []
+        for threads in (1, 2, 3):
+            out = tmp_path / f"{effort}-{threads}"
+            quantize(base, out, effort=effort, threads=threads, scheme="int3-g16-asym")
+            files.append((out / "model.safetensors").read_bytes())
+        assert files[0] == files[1] == files[2]
+
+
+def test_the_share_of_the_drift_is_chosen_in_a_run(checkpoints, tmp_path):
+    """alpha auto: of the named ones, matrix by matrix, in the report; the same with blocks run
+    again."""
+    wish = {"options": {"alpha": "auto"}, "scheme": "int2-g16-asym"}
+    report = quantize(checkpoints("llama"), tmp_path / "out", **wish)
+    shares = [linear.alpha or 0.0 for linear in report.linears]
+    assert set(shares) <= {0.0, 0.25, 0.5, 0.75, 1.0}
+    assert len(set(shares)) > 1
+    quantize(checkpoints("llama"), tmp_path / "again", memory=1, **wish)
+    files = [(tmp_path / o / "model.safetensors").read_bytes() for o in ("out", "again")]
+    assert files[0] == files[1]
 
 
 def test_overrides_skip_and_shards(checkpoints, tmp_path):

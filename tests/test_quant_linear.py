@@ -53,6 +53,16 @@ def test_exact_products_are_those_of_the_dequantized_weight(scheme, order):
         assert close(y, nn.functional.linear(x.to(dtype).float(), W, bias), limit)
 
 
+@pytest.mark.parametrize("k", [4096, 14336])
+@pytest.mark.parametrize("tokens", [1, 4, 70])
+def test_exact_products_of_wide_rows(k, tokens):
+    """Against float64, and the product that torch makes of the dequantized weight."""
+    q, x = weight("int4-g128", n=100, k=k), inputs(tokens, k)
+    y, W = QuantLinear.of(q, mode="exact")(x), torch.from_numpy(ops.decode(q))
+    assert close(y, x @ W.T, 1e-5)
+    assert close(y, (x.double() @ W.double().T), 1e-5)
+
+
 def test_fast_products_stay_within_the_rounding_of_the_activations():
     """|error| <= sum |w| step / 2 per group, step = max |x| / 127."""
     q, x = weight("int4-g32"), inputs(5, K)

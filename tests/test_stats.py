@@ -57,6 +57,23 @@ def test_torch_tensors_of_any_rank(dtype):
     assert StatsCollector(40).update(tensor[0]).finish().tokens == 1
 
 
+def test_half_of_each_update_is_held_out():
+    """H and C are of all tokens; held.H and held.C of the second half of each update, apart."""
+    collector, parts = StatsCollector(40, hold=True), []
+    before = X + 0.1 * np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
+    for first, end in ((0, 301), (301, 700), (700, 1300)):
+        collector.update(X[first:end], before[first:end])
+        parts.append((first + (end - first + 1) // 2, end))
+    stats = collector.finish()
+    apart = np.concatenate([np.arange(*part) for part in parts])
+    for got, rows in ((stats, np.arange(1300)), (stats.held, apart)):
+        A, B = X[rows].astype(np.float64), (before - X)[rows].astype(np.float64)
+        size = 512 * EPS * (np.abs(A).T @ np.abs(A)) / len(rows)
+        assert (np.abs(got.H - A.T @ A / len(rows)) <= size).all()
+        assert np.abs(got.C - B.T @ A / len(rows)).max() <= 1e-5
+    assert stats.held.share == len(apart) / 1300
+
+
 def test_without_the_hessian():
     assert StatsCollector(40, hessian=False).update(X).finish().H is None
 

@@ -4,11 +4,14 @@ eager attention's own probabilities, on every declared architecture.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import tiny_models
+from bitwright import archs
 from bitwright.calib import attention, capture
 from bitwright.calib.discover import discover
 from captures import plain, quantize, rounded, same, skeleton, swap_in
@@ -93,7 +96,7 @@ def test_what_outputs_are_added_to_comes_with_their_inputs(case, rerun):
 
 @torch.inference_mode()
 def attended(model, arch, ids, every):
-    """Inputs of v in each block, mixed by eager attention's own probabilities, per KV head."""
+    """Inputs of v in each block, mixed by eager attention's own probabilities: (KV heads, T, k)."""
     _, _, inputs = plain(model, arch, ids)
     usual = model.config._attn_implementation
     model.set_attn_implementation("eager")
@@ -113,28 +116,66 @@ def attended(model, arch, ids, every):
             y = torch.einsum("bhqt,btk->bhqk", share[i][:, :, every - 1 :: every], x)
             y = y.unflatten(1, (kv, -1)).transpose(0, 1)
             parts.append(y.reshape(kv, -1, y.shape[-1]).double())
-        Y = torch.cat(parts, 1)
-        mixed[i] = (Y.transpose(1, 2) @ Y / Y.shape[1]).numpy()
+        mixed[i] = torch.cat(parts, 1).numpy()
     return mixed
+
+
+def mean_product(A, B, pools):
+    """A^T B / T of each head, averaged over those that share a pool."""
+    each = A.transpose(0, 2, 1) @ B / A.shape[1]
+    return each.reshape(pools, -1, *each.shape[1:]).mean(1)
 
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_v_is_measured_on_the_inputs_that_its_attention_mixes(case, every):
-    """H of each KV head, against the model's eager attention with all weights but v's swapped."""
+    """H and C of each KV head: the quantized side against the model's eager attention with all
+    weights but v's swapped, the float side against that of the float model."""
     model, arch = case
     ids = tiny_models.batches()
     weights = rounded(model, arch)
-    _, seen, capture = quantize(skeleton(model), arch, ids, weights, mix=every)
+    _, seen, capture = quantize(skeleton(model), arch, ids, weights, mix=every, streams=2)
+    float_want = attended(model, arch, ids, every)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     swap_in(model, arch, weights)
     want = attended(model, arch, ids, every)
     model.load_state_dict(before)
     assert not capture.notes
-    found = [stats.H for stats in seen.values() if stats.X.ndim == 3]
+    found = [stats for stats in seen.values() if stats.X.ndim == 3]
     assert len(found) == len(want)
-    for H, wanted in zip(found, want.values(), strict=True):
-        pooled = wanted.reshape(len(H), -1, *H.shape[1:]).mean(1)
-        assert np.abs(H - pooled).max() <= 1e-4 * np.abs(pooled).max()
+    for stats, Y, float_Y in zip(found, want.values(), float_want.values(), strict=True):
+        pools = len(stats.H)
+        H, change = mean_product(Y, Y, pools), mean_product(float_Y - Y, Y, pools)
+        assert np.abs(stats.H - H).max() <= 1e-4 * np.abs(H).max()
+        C = mean_product(stats.before.astype(np.float64) - stats.X, stats.X, pools)
+        assert np.abs(change).max() > 1e-3 * np.abs(H).max()
+        assert np.abs(C - change).max() <= 1e-4 * np.abs(H).max()
+
+
+@pytest.mark.parametrize("name", ["gemma2"])
+def test_soft_caps_shape_what_attention_mixes(name, monkeypatch):
+    """A cap that bites: without it H is another one."""
+    model = tiny_models.make(name, attn_logit_softcapping=0.1)
+    arch, ids = archs.find(model.config.to_dict()), tiny_models.batches()
+    weights = rounded(model, arch)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    swap_in(model, arch, weights)
+    want = attended(model, arch, ids, 1)
+    model.load_state_dict(before)
+
+    def gaps():
+        _, seen, _ = quantize(skeleton(model), arch, ids, weights, mix=1)
+        found = [stats.H for stats in seen.values() if stats.X.ndim == 3]
+        wanted = [mean_product(Y, Y, len(H)) for H, Y in zip(found, want.values(), strict=True)]
+        return [np.abs(H - w).max() / np.abs(w).max() for H, w in zip(found, wanted, strict=True)]
+
+    assert max(gaps()) <= 1e-4
+    usual = attention.mix
+
+    def uncapped(call, *rest):
+        return usual(replace(call, options={**call.options, "softcap": None}), *rest)
+
+    monkeypatch.setattr(attention, "mix", uncapped)
+    assert min(gaps()) > 1e-3
 
 
 def test_unknown_attention_leaves_v_the_plain_gram(llama, monkeypatch):

@@ -43,6 +43,7 @@ OPT = {
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", COMMON),
     "llama-biased": ("LlamaConfig", {**COMMON, "attention_bias": True, "mlp_bias": True}),
+    "llama-mqa": ("LlamaConfig", {**COMMON, "num_key_value_heads": 1}),
     "llama-tied": ("LlamaConfig", {**COMMON, "tie_word_embeddings": True}),
     "mistral": ("MistralConfig", {**COMMON, "sliding_window": 6}),
     "qwen2": ("Qwen2Config", COMMON),

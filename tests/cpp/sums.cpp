@@ -57,9 +57,12 @@ void gram_of_words(Index t, Index k, bool bf16, bool pairs) {
     words.data()[i] = static_cast<std::uint16_t>((engine() & 0x8FFFU) | 0x3000U);
     x.data()[i] = bf16 ? from_bf16(words.data()[i]) : from_fp16(words.data()[i]);
   }
-  RowMajor<double> h = RowMajor<double>::Zero(k, k);
-  gram_u16(words, bf16, pairs, h);
-  mirror(h);
+  const RowMajor<double> h = for_every_thread_count([&] {
+    RowMajor<double> sums = RowMajor<double>::Zero(k, k);
+    gram_u16(words, bf16, pairs, sums);
+    mirror(sums);
+    return sums;
+  });
   const RowMajor<double> want = summed(x), wide = x.cast<double>();
   if (!pairs) {
     CHECK(h == want);
