@@ -32,9 +32,8 @@ one and every one: int4-g64 KL .0501 / .0504 and .0485 / .0471, int3-g64-asym .1
 .167, int2-g64-asym .613 / .632 and .580 / .619, two of three .593 / .622), at least 32768 tokens,
 0: not at all (nor where alpha is 0 and residual is not given). `gram_dtype`: what bfloat16 inputs
 are multiplied in, "float32" or "bfloat16", by the machine's own product of pairs; "auto": the
-latter where it has one (SmolLM2-135M, 32 x 512 tokens, int4-g64, five draws, most on two texts: KL
-of the latter over the former +5.4, +1.9, +2.6, +2.7, -3.0, -1.3, +1.8 and +3.2 %, as much as draws
-differ).
+latter where it has one (SmolLM2-135M, int4-g64, four draws, two texts each: KL of the latter over
+the former +5.4 / +1.9, +2.6 / +2.7, -3.0 / -1.3 and +1.8 / +3.2 %, as much as draws differ).
 
 Scales. "feedback" (6.3): for each row and group the candidate with the least loss after the group's
 own feedback, 25 scales around the range of the group's targets, zero points z0 and beside it. Of
