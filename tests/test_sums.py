@@ -37,7 +37,7 @@ DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 
 def in_pairs(dtype: Any) -> bool:
     """Whether products of this dtype are summed in the order of the machine's own instruction."""
-    return dtype == ml_dtypes.bfloat16 and ops.isa() == "avx512bf16"
+    return dtype == ml_dtypes.bfloat16 and ops.multiplies_bf16()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])

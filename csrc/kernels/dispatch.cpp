@@ -38,6 +38,7 @@ bool runs(const std::string& isa) {
            __builtin_cpu_supports("avx512cd");
 #elif defined(__aarch64__) && defined(__linux__)
   if (isa == "dotprod") return (getauxval(AT_HWCAP) >> 20 & 1) != 0;  // HWCAP_ASIMDDP
+  if (isa == "bf16") return runs("dotprod") && (getauxval(AT_HWCAP2) >> 13 & 3) == 3;  // I8MM, BF16
 #endif
   return false;
 }

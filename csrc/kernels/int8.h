@@ -19,6 +19,11 @@ inline constexpr bool kVnni = true;
 inline VI dot4(VI sum, VI bytes, VI x) {
   return (VI)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)bytes, (__m256i)x);
 }
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+inline constexpr bool kVnni = true;
+inline VI dot4(VI sum, VI bytes, VI x) {
+  return (VI)vusdotq_s32((int32x4_t)sum, (uint8x16_t)bytes, (int8x16_t)x);
+}
 #else
 inline constexpr bool kVnni = false;
 inline VI dot4(VI sum, VI, VI) { return sum; }

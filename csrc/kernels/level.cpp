@@ -5,7 +5,7 @@
 #define BITWRIGHT_STRING_(x) #x
 #define BITWRIGHT_STRING(x) BITWRIGHT_STRING_(x)
 
-#if defined(__AVX512BF16__)
+#if defined(BITWRIGHT_BF16_PAIRS)
 #define BITWRIGHT_BF16_DOT(name) name
 #else
 #define BITWRIGHT_BF16_DOT(name) nullptr

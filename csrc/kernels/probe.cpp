@@ -44,12 +44,12 @@ void chain_f64(std::int64_t count, std::int64_t rounds, double a, double b, doub
   chains<VD>(count, rounds, x, [&](VD v) { return fma(v, factor, term); });
 }
 
-#if defined(__AVX512BF16__)
+#if defined(BITWRIGHT_BF16_PAIRS)
 void chain_bf16(std::int64_t count, std::int64_t rounds, std::uint32_t a, std::uint32_t b,
                 float* x) {
-  const __m512bh left = (__m512bh)_mm512_set1_epi32(static_cast<int>(a));
-  const __m512bh right = (__m512bh)_mm512_set1_epi32(static_cast<int>(b));
-  chains<VF>(count, rounds, x, [&](VF v) { return (VF)_mm512_dpbf16_ps((__m512)v, left, right); });
+  const VI left = broadcast<VI>(static_cast<std::int32_t>(a));
+  const VI right = broadcast<VI>(static_cast<std::int32_t>(b));
+  chains<VF>(count, rounds, x, [&](VF v) { return dot_pairs(v, left, right); });
 }
 #endif
 

@@ -79,6 +79,20 @@ inline VF rint(VF x) {
 }
 #endif
 
+// sum + the two products of a pair of bf16 words in each lane, as the machine rounds them.
+#if defined(__AVX512BF16__)
+#define BITWRIGHT_BF16_PAIRS
+inline VF dot_pairs(VF sum, VI a, VI b) {
+  return (VF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);
+}
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define BITWRIGHT_BF16_PAIRS
+inline VF dot_pairs(VF sum, VI a, VI b) {
+  return (VF)vbfdotq_f32((float32x4_t)sum, vreinterpretq_bf16_s32((int32x4_t)a),
+                         vreinterpretq_bf16_s32((int32x4_t)b));
+}
+#endif
+
 inline VF minimum(VF a, VF b) { return a < b ? a : b; }
 inline VF maximum(VF a, VF b) { return a > b ? a : b; }
 inline VF absolute(VF x) { return x < 0.0F ? -x : x; }

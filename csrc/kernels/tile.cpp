@@ -27,23 +27,20 @@ void tile_f64(std::int64_t k, const double* a, std::int64_t lda, const double* b
   tile<VD, kMrF64>(k, a, lda, b, c, ldc);
 }
 
-#if defined(__AVX512BF16__)
+#if defined(BITWRIGHT_BF16_PAIRS)
 void tile_bf16(std::int64_t pairs, const std::uint32_t* a, std::int64_t lda, const std::uint32_t* b,
                float* c, std::int64_t ldc) {
   VF sum[kMrF32][kVectors];
-  for (int i = 0; i < kMrF32; ++i)
-    for (int v = 0; v < kVectors; ++v) sum[i][v] = load<VF>(c + i * ldc + v * kF32);
+  load_tile<VF, kMrF32>(sum, c, ldc);
   for (std::int64_t p = 0; p < pairs; ++p, a += lda, b += kNrF32) {
-    __m512bh right[kVectors];
-    for (int v = 0; v < kVectors; ++v) right[v] = (__m512bh)_mm512_loadu_si512(b + v * kF32);
+    VI right[kVectors];
+    for (int v = 0; v < kVectors; ++v) right[v] = load<VI>(b + v * kF32);
     for (int i = 0; i < kMrF32; ++i) {
-      const __m512bh left = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[i]));
-      for (int v = 0; v < kVectors; ++v)
-        sum[i][v] = (VF)_mm512_dpbf16_ps((__m512)sum[i][v], left, right[v]);
+      const VI left = broadcast<VI>(static_cast<std::int32_t>(a[i]));
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = dot_pairs(sum[i][v], left, right[v]);
     }
   }
-  for (int i = 0; i < kMrF32; ++i)
-    for (int v = 0; v < kVectors; ++v) store(c + i * ldc + v * kF32, sum[i][v]);
+  store_tile<VF, kMrF32>(sum, c, ldc);
 }
 #endif
 
