@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -51,7 +50,7 @@ __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604  all of them are text
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return version("bitwright")
+        return import_module("importlib.metadata").version("bitwright")
     if name not in _HOMES:
         raise AttributeError(f"module 'bitwright' has no attribute {name!r}")
     return getattr(import_module(f"bitwright.{_HOMES[name]}"), _SPELLED.get(name, name))
