@@ -1,10 +1,11 @@
-"""Limits of control groups: files as both versions lay them out, and a real group where one can be
-made."""
+"""Limits of control groups, files as both versions lay them out and a real group where one can be
+made; and how threads wait."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -163,3 +164,28 @@ def test_a_group_of_one_cpu_gives_one_thread_and_what_one_thread_does(one_cpu):
     (count, inside), (_, outside) = work(str(one_cpu)), work("")
     assert count == 1
     assert inside < 2.5 * outside
+
+
+WAITING = {
+    "load": "import bitwright; bitwright.load({folder!r})",
+    "quantize": "import bitwright; bitwright.quantize",
+    "hub": "import bitwright.hf",
+    "numpy": "import bitwright; bitwright.parse_scheme('int4-g64'); import bitwright.ops",
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp tells its settings")
+@pytest.mark.parametrize("way", WAITING)
+def test_threads_wait_passively_whoever_loads_openmp(quantized, way):
+    """torch's library and ours are one; it is told before the first of them is loaded."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    for wish in (None, "active"):
+        chosen = {} if wish is None else {"OMP_WAIT_POLICY": wish}
+        done = subprocess.run(
+            [sys.executable, "-c", WAITING[way].format(folder=str(quantized))],
+            env={**environment, **chosen, "OMP_DISPLAY_ENV": "verbose"},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        spins = re.findall(r"GOMP_SPINCOUNT = '(\w+)'", done.stderr)
+        assert spins
+        assert (set(spins) == {"0"}) == (wish is None)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import re
 import shutil
 import subprocess
 import sys
@@ -323,31 +321,6 @@ def test_a_plain_import_of_the_package_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
     assert "load" in dir(bitwright)
-
-
-WAITING = {
-    "load": "import bitwright; bitwright.load({folder!r})",
-    "quantize": "import bitwright; bitwright.quantize",
-    "hub": "import bitwright.hf",
-    "numpy": "import bitwright; bitwright.parse_scheme('int4-g64'); import bitwright.ops",
-}
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp tells its settings")
-@pytest.mark.parametrize("way", WAITING)
-def test_threads_wait_passively_whoever_loads_openmp(quantized, way):
-    """torch's library and ours are one; it is told before the first of them is loaded."""
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    for wish in (None, "active"):
-        chosen = {} if wish is None else {"OMP_WAIT_POLICY": wish}
-        done = subprocess.run(
-            [sys.executable, "-c", WAITING[way].format(folder=str(quantized))],
-            env={**environment, **chosen, "OMP_DISPLAY_ENV": "verbose"},
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        spins = re.findall(r"GOMP_SPINCOUNT = '(\w+)'", done.stderr)
-        assert spins
-        assert (set(spins) == {"0"}) == (wish is None)
 
 
 def test_linears_with_one_input_are_multiplied_together(quantized, monkeypatch):
