@@ -41,7 +41,7 @@ from problems import (
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
-SAME = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
+SAME = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx")
 
 
 def stripped(name: str) -> str:

@@ -1,7 +1,9 @@
 // Panels times int8 tokens, 16 rows x up to kDotTokens tokens: integer sums over a segment in
 // registers; of a group, from what its zero points take away on, sum = fma(segment, token scale,
 // sum), or sum + segment where tokens have one scale each; y = fma(sum, weight scale, y). All
-// ascending.
+// ascending. By token the integer sums come out of tiles: a segment's codes as bytes are the right
+// operand, 64 columns at most, and what follows is the same.
+#include "kernels/amx.h"
 #include "kernels/int8.h"
 #include "kernels/table.h"
 
@@ -64,6 +66,21 @@ inline void start(const PanelLayout& layout, const std::uint8_t* panel, std::int
   }
 }
 
+// What a group's sums are worth. Inline, or they would go through memory: 6 % of a product.
+template <int kTokens>
+__attribute__((always_inline)) inline void finish(const PanelLayout& layout,
+                                                  const std::uint8_t* panel, std::int64_t g,
+                                                  int part, const float* shift,
+                                                  const VF (&sum)[kTokens], VF (&out)[kTokens]) {
+  const VF scale = load_scales(layout, panel, 0, g, part) * layout.unit;
+#pragma GCC unroll 16
+  for (int t = 0; t < kTokens; ++t) out[t] = fma(sum[t], scale, out[t]);
+  if (layout.zeros == Zeros::kOffsets) {
+    const VF offset = load_scales(layout, panel, layout.zeros_at, g, part);
+    for (int t = 0; t < kTokens; ++t) out[t] = fma(offset, broadcast<VF>(shift[t]), out[t]);
+  }
+}
+
 template <int kWidth, bool kTable, int kTokens>
 inline void tile_part(const PanelLayout& layout, const std::uint8_t* panel, const DotTokens& x,
                       int part, float* y, std::int64_t ldy) {
@@ -89,19 +106,13 @@ inline void tile_part(const PanelLayout& layout, const std::uint8_t* panel, cons
                              : fma(segment.total(t), broadcast<VF>(token[t]), sum[t]);
       if (!x.per_token) token += kTokens;
     }
-    const VF scale = load_scales(layout, panel, 0, g, part) * layout.unit;
-#pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) out[t] = fma(sum[t], scale, out[t]);
-    if (layout.zeros == Zeros::kOffsets) {
-      const VF offset = load_scales(layout, panel, layout.zeros_at, g, part);
-      for (int t = 0; t < kTokens; ++t) out[t] = fma(offset, broadcast<VF>(shift[t]), out[t]);
-    }
+    finish(layout, panel, g, part, shift, sum, out);
   }
   for (int t = 0; t < kTokens; ++t)
     store(y + t * ldy + part * kF32, x.per_token ? out[t] * x.scale[t] : out[t]);
 }
 
-template <int kWidth, bool kTable, int kTokens>
+template <int kWidth, bool kTable, int kTokens = kDotTokens>
 inline void tile(const PanelLayout& layout, const std::uint8_t* panel, const DotTokens& x, float* y,
                  std::int64_t ldy) {
   if constexpr (kTokens > 0) {
@@ -110,6 +121,70 @@ inline void tile(const PanelLayout& layout, const std::uint8_t* panel, const Dot
       tile_part<kWidth, kTable, kTokens>(layout, panel, x, part, y, ldy);
   }
 }
+
+#if defined(BITWRIGHT_AMX)
+// The codes of strips begin .. stop - 1 as quads, followed by zeros up to `strips`.
+template <int kWidth, bool kTable>
+inline void unpack(const PanelLayout& layout, const std::uint8_t* codes, std::int64_t begin,
+                   std::int64_t stop, std::int64_t strips, std::uint8_t* to) {
+  for (std::int64_t s = begin; s < begin + strips; ++s, to += 4 * kTileBytes) {
+    VI quad[4] = {};
+    if (s < stop) {
+      prefetch_strip<kWidth>(codes + layout.bytes, s);
+      load_strip<kWidth>(codes, s, 0, quad);
+    }
+    for (int j = 0; j < 4; ++j)
+      store(to + j * kTileBytes, kTable ? look_up_bytes(layout.dot_levels, quad[j]) : quad[j]);
+  }
+}
+
+template <int kWidth, bool kTable>
+inline void tile_by_token(const PanelLayout& layout, const std::uint8_t* panel, const DotTokens& x,
+                          float* y, std::int64_t ldy) {
+  constexpr int kMostStrips = 4;
+  const int strips = x.segment < kMostStrips ? static_cast<int>(x.segment) : kMostStrips;
+  const std::int64_t row = layout.strips * kStrip;
+  TileShapes shapes;
+  shapes.set(0, x.tokens, kTileBytes);
+  shapes.set(1, x.tokens, strips * kStrip);
+  shapes.set(2, strips * 4, kTileBytes);
+  const TileScope scope(shapes);
+  const std::uint8_t* codes = panel + layout.codes_at;
+  const auto* tokens = reinterpret_cast<const std::uint8_t*>(x.quads);
+  const float *token = x.scale, *shift = x.shift;
+  alignas(64) std::uint8_t bytes[kMostStrips * 4 * kTileBytes];
+  alignas(64) std::int32_t products[kTokensByToken][kF32] = {};
+  float shifts[kTokensByToken] = {}, scales[kTokensByToken] = {};
+  VF out[kTokensByToken] = {}, sum[kTokensByToken];
+  for (std::int64_t g = 0; g < layout.groups; ++g, shift += x.tokens) {
+    const std::int64_t first = g * layout.group_strips;
+    const std::int64_t end =
+        first + layout.group_strips < layout.strips ? first + layout.group_strips : layout.strips;
+    for (int t = 0; t < x.tokens; ++t) shifts[t] = shift[t];
+    start(layout, panel, g, 0, shifts, sum);
+    for (std::int64_t begin = first; begin < end; begin += x.segment) {
+      const std::int64_t stop = begin + x.segment < end ? begin + x.segment : end;
+      TILE_ZERO(0);
+      for (std::int64_t s = begin; s < stop; s += strips) {
+        unpack<kWidth, kTable>(layout, codes, s, stop, strips, bytes);
+        TILE_LOAD(1, tokens + s * kStrip, row);
+        TILE_LOAD(2, bytes, kTileBytes);
+        TILE_BYTES(0, 1, 2);
+      }
+      TILE_STORE(0, products, kTileBytes);
+      if (!x.per_token)
+        for (int t = 0; t < x.tokens; ++t) scales[t] = *token++;
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokensByToken; ++t) {
+        const VF segment = __builtin_convertvector(load<VI>(products[t]), VF);
+        sum[t] = x.per_token ? sum[t] + segment : fma(segment, broadcast<VF>(scales[t]), sum[t]);
+      }
+    }
+    finish(layout, panel, g, 0, shifts, sum, out);
+  }
+  for (int t = 0; t < x.tokens; ++t) store(y + t * ldy, x.per_token ? out[t] * x.scale[t] : out[t]);
+}
+#endif
 
 // Largest |x| / 127, not finite where a value is not: as integers, NaN > infinity > all others.
 inline float step_of(const float* x, std::int64_t columns) {
@@ -128,20 +203,28 @@ inline float step_of(const float* x, std::int64_t columns) {
   return largest / 127.0F;
 }
 
+template <int kWidth, bool kTable>
+inline void multiply(const PanelLayout& layout, const std::uint8_t* panel, const DotTokens& x,
+                     float* y, std::int64_t ldy) {
+#if defined(BITWRIGHT_AMX)
+  if (x.by_token) return tile_by_token<kWidth, kTable>(layout, panel, x, y, ldy);
+#endif
+  tile<kWidth, kTable>(layout, panel, x, y, ldy);
+}
+
 }  // namespace
 
 void dot_tile(const PanelLayout& layout, const std::uint8_t* panel, const DotTokens& x, float* y,
               std::int64_t ldy) {
-  constexpr int kMost = kDotTokens;
-  if (layout.table) return tile<4, true, kMost>(layout, panel, x, y, ldy);
-  if (layout.width == 2) return tile<2, false, kMost>(layout, panel, x, y, ldy);
-  if (layout.width == 3) return tile<3, false, kMost>(layout, panel, x, y, ldy);
-  if (layout.width == 4) return tile<4, false, kMost>(layout, panel, x, y, ldy);
-  tile<8, false, kMost>(layout, panel, x, y, ldy);
+  if (layout.table) return multiply<4, true>(layout, panel, x, y, ldy);
+  if (layout.width == 2) return multiply<2, false>(layout, panel, x, y, ldy);
+  if (layout.width == 3) return multiply<3, false>(layout, panel, x, y, ldy);
+  if (layout.width == 4) return multiply<4, false>(layout, panel, x, y, ldy);
+  multiply<8, false>(layout, panel, x, y, ldy);
 }
 
 void quantize_row(const PanelLayout& layout, std::int64_t segment, bool per_token, const float* x,
-                  int stride, std::int32_t* quads, float* scale, std::int32_t* sum) {
+                  int apart, int stride, std::int32_t* quads, float* scale, std::int32_t* sum) {
   constexpr float kSmallest = 1e-30F;  // below it 127 / step could overflow: all codes are 0
   using Bytes = std::int8_t __attribute__((vector_size(kF32)));
   const float whole = per_token ? step_of(x, layout.strips * kStrip) : 0.0F;
@@ -165,7 +248,7 @@ void quantize_row(const PanelLayout& layout, std::int64_t segment, bool per_toke
           total += q;
           store(reinterpret_cast<std::int8_t*>(words) + i, __builtin_convertvector(q, Bytes));
         }
-        for (int j = 0; j < 4; ++j) quads[(s * 4 + j) * stride] = words[j];
+        for (int j = 0; j < 4; ++j) quads[(s * 4 + j) * apart] = words[j];
       }
       std::int32_t lanes[kF32];
       store(lanes, total);

@@ -1,5 +1,5 @@
 // The table of one instruction set: this file, too, is compiled once per level.
-#include "kernels/simd.h"
+#include "kernels/amx.h"
 #include "kernels/table.h"
 
 #define BITWRIGHT_STRING_(x) #x
@@ -17,7 +17,15 @@ static_assert(kNrF32 % kMrF32 == 0 && kNrF64 % kMrF64 == 0, "a tile must not str
 
 extern const Table kTable;
 const Table kTable = {
-    BITWRIGHT_STRING(BITWRIGHT_ISA_NAME), kMrF32, kNrF32, kMrF64, kNrF64, kDotTokens,
+    BITWRIGHT_STRING(BITWRIGHT_ISA_NAME),
+    kMrF32,
+    kNrF32,
+    kMrF64,
+    kNrF64,
+    kMrPairs,
+    kPairsByRow,
+    kDotTokens,
+    kTokensByToken,
 #define KERNEL(name, arguments) name,
 #define KERNEL_OR_NULL(name, arguments) BITWRIGHT_BF16_DOT(name),
 #include "kernels/kernels.def"

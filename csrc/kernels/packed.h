@@ -39,11 +39,12 @@ struct PanelLayout {
 };
 
 // Tokens as int8. A segment is a run of strips of one group with one scale of the activations.
-// [strip][4][tokens] quads of 4 columns; [segment][tokens] scales (one per token: only [tokens]);
-// [group][tokens] what is added for each unit of zero point or offset, or for the middle.
+// [strip][4][tokens] quads of 4 columns, by token [tokens][strip][4] and 48 bytes behind the last
+// that can be read; [segment][tokens] scales (one per token: only [tokens]); [group][tokens] what
+// is added for each unit of zero point or offset, or for the middle.
 struct DotTokens {
   int tokens;
-  bool per_token;
+  bool per_token, by_token;
   std::int64_t segment;  // strips
   const std::int32_t* quads;
   const float* scale;

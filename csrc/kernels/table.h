@@ -11,7 +11,11 @@ namespace bitwright {
 
 struct Table {
   const char* isa;
-  int mr_f32, nr_f32, mr_f64, nr_f64, dot_tokens;
+  int mr_f32, nr_f32, mr_f64, nr_f64;
+  int mr_pairs;         // of tile_bf16
+  bool pairs_by_row;    // its left operand
+  int dot_tokens;       // of dot_tile, at most
+  int tokens_by_token;  // of it, stored one after another; 0: it takes none so
 #define KERNEL(name, arguments) void(*name) arguments;
 #define KERNEL_OR_NULL KERNEL
 #include "kernels/kernels.def"

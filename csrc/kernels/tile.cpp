@@ -1,6 +1,7 @@
 // Products of panels: the register tiles, and their results added up in double.
 #include "kernels/tile.h"
 
+#include "kernels/amx.h"
 #include "kernels/table.h"
 
 namespace bitwright::BITWRIGHT_ISA_NAME {
@@ -27,7 +28,47 @@ void tile_f64(std::int64_t k, const double* a, std::int64_t lda, const double* b
   tile<VD, kMrF64>(k, a, lda, b, c, ldc);
 }
 
-#if defined(BITWRIGHT_BF16_PAIRS)
+#if defined(BITWRIGHT_AMX)
+namespace {
+
+// Up to 16 pairs at a time; the shapes say how many.
+inline void add_tiles(std::int64_t pairs, const std::uint32_t* a, std::int64_t lda,
+                      const std::uint32_t* b, float* c, std::int64_t ldc) {
+  const int step = pairs < kTileRows ? static_cast<int>(pairs) : kTileRows;
+  TileShapes shapes;
+  for (int tile = 0; tile < kVectors; ++tile) {
+    shapes.set(tile, kTileRows, kTileBytes);
+    shapes.set(4 + tile, step, kTileBytes);
+  }
+  shapes.set(3, kTileRows, 4 * step);
+  const TileScope scope(shapes);
+  TILE_LOAD(0, c, ldc * 4);
+  TILE_LOAD(1, c + 16, ldc * 4);
+  TILE_LOAD(2, c + 32, ldc * 4);
+  for (std::int64_t p = 0; p < pairs; p += step, a += step, b += step * kNrF32) {
+    TILE_LOAD(3, a, lda * 4);
+    TILE_LOAD(4, b, kNrF32 * 4);
+    TILE_PAIRS(0, 3, 4);
+    TILE_LOAD(5, b + 16, kNrF32 * 4);
+    TILE_PAIRS(1, 3, 5);
+    TILE_LOAD(6, b + 32, kNrF32 * 4);
+    TILE_PAIRS(2, 3, 6);
+  }
+  TILE_STORE(0, c, ldc * 4);
+  TILE_STORE(1, c + 16, ldc * 4);
+  TILE_STORE(2, c + 32, ldc * 4);
+}
+
+}  // namespace
+
+void tile_bf16(std::int64_t pairs, const std::uint32_t* a, std::int64_t lda, const std::uint32_t* b,
+               float* c, std::int64_t ldc) {
+  static_assert(kNrF32 == 48 && kMrPairs == kTileRows, "three tiles side by side");
+  const std::int64_t whole = pairs / kTileRows * kTileRows;
+  if (whole > 0) add_tiles(whole, a, lda, b, c, ldc);
+  if (whole < pairs) add_tiles(pairs - whole, a + whole, lda, b + whole * kNrF32, c, ldc);
+}
+#elif defined(BITWRIGHT_BF16_PAIRS)
 void tile_bf16(std::int64_t pairs, const std::uint32_t* a, std::int64_t lda, const std::uint32_t* b,
                float* c, std::int64_t ldc) {
   VF sum[kMrF32][kVectors];

@@ -14,6 +14,7 @@ namespace bitwright {
 namespace {
 
 constexpr Index kFewTokens = 4;           // exact: as many as multiply_rows takes
+constexpr Index kManyTokens = 8;          // fast: from here on by token, where the level has that
 constexpr Index kTileRows = 48;           // rows that fill right operands at every level
 constexpr Index kBlockStrips = 32;        // exact: columns of 48 rows as floats that stay in L2
 constexpr Index kMostPanels = 16;         // of a task: their codes stay in L2 while the tokens pass
@@ -133,7 +134,7 @@ std::vector<Result<T>> results(const std::vector<const Packed*>& weights, Index 
   return found;
 }
 
-// All tokens as int8, in tiles: [tile][strip][4][tokens of the tile].
+// All tokens as int8, in tiles: [tile][strip][4][tokens of the tile], or by token.
 class Quantized {
  public:
   template <class T>
@@ -141,19 +142,21 @@ class Quantized {
       : layout_(layout),
         per_token_(per_token),
         tokens_(x.rows()),
-        tiles_(ceil_div(x.rows(), table().dot_tokens)),
+        by_token_(table().tokens_by_token > 0 && tokens_ >= kManyTokens),
+        tiles_(ceil_div(x.rows(), by_token_ ? table().tokens_by_token : table().dot_tokens)),
         segment_(per_token ? kTokenSegment : kGroupSegment),
         segments_((layout.groups - 1) * segments_of(0) + segments_of(layout.groups - 1)),
-        quads_(tokens_ * layout.strips * 4),
+        quads_(tokens_ * row() + 12),
         scale_(tokens_ * segments_),
         sum_(tokens_ * segments_) {
     const auto one = [&](Index tile) {
-      Buffer<float> row(layout_.strips * kStrip);
+      Buffer<float> floats(layout_.strips * kStrip);
       const Index first = begin(tile), count = begin(tile + 1) - first;
       for (Index t = 0; t < count; ++t) {
         const T* from = x.data() + (first + t) * x.outerStride();
-        table().quantize_row(layout_, segment_, per_token_, padded_row(layout_, from, row.get()),
-                             static_cast<int>(count), quads_ + first * layout_.strips * 4 + t,
+        table().quantize_row(layout_, segment_, per_token_, padded_row(layout_, from, floats.get()),
+                             by_token_ ? 1 : static_cast<int>(count), static_cast<int>(count),
+                             quads_ + first * row() + (by_token_ ? t * row() : t),
                              scale_ + first * scales() + t, sum_ + first * segments_ + t);
       }
     };
@@ -184,8 +187,9 @@ class Quantized {
     const Index first = begin(tile);
     return {static_cast<int>(begin(tile + 1) - first),
             per_token_,
+            by_token_,
             segment_,
-            quads_ + first * layout_.strips * 4,
+            quads_ + first * row(),
             scale_ + first * scales(),
             shift + first * layout_.groups};
   }
@@ -196,10 +200,13 @@ class Quantized {
     return ceil_div(std::min(left, layout_.group_strips), segment_);
   }
   Index scales() const { return per_token_ ? 1 : segments_; }
+  Index row() const { return layout_.strips * 4; }
 
   PanelLayout layout_;
   bool per_token_;
-  Index tokens_, tiles_, segment_, segments_;
+  Index tokens_;
+  bool by_token_;
+  Index tiles_, segment_, segments_;
   Buffer<std::int32_t> quads_;
   Buffer<float> scale_;
   Buffer<std::int32_t> sum_;

@@ -30,9 +30,11 @@ struct Widen {
 struct Floats {
   using Word = float;
   static Index depth(Index rows) { return rows; }
+  static Index mr() { return table().mr_f32; }
+  static bool by_row() { return false; }
   static float difference(float a, float b) { return a - b; }
-  static void tile(Index depth, const float* a, const float* b, float* c) {
-    table().tile_f32(depth, a, table().nr_f32, b, c, table().nr_f32);
+  static void tile(Index depth, const float* a, Index lda, const float* b, float* c) {
+    table().tile_f32(depth, a, lda, b, c, table().nr_f32);
   }
   template <class T>
   static void fill(In<T> x, bool bf16, Index first, Index rows, Index begin, Index width,
@@ -49,6 +51,8 @@ struct Floats {
 struct Pairs {
   using Word = std::uint32_t;
   static Index depth(Index rows) { return ceil_div(rows, 2); }
+  static Index mr() { return table().mr_pairs; }
+  static bool by_row() { return table().pairs_by_row; }
   static std::uint32_t difference(std::uint32_t a, std::uint32_t b) {
     const auto half = [&](int shift) {
       const auto word = [&](std::uint32_t x) { return static_cast<std::uint16_t>(x >> shift); };
@@ -56,8 +60,9 @@ struct Pairs {
     };
     return half(0) | half(16);
   }
-  static void tile(Index depth, const std::uint32_t* a, const std::uint32_t* b, float* c) {
-    table().tile_bf16(depth, a, table().nr_f32, b, c, table().nr_f32);
+  static void tile(Index depth, const std::uint32_t* a, Index lda, const std::uint32_t* b,
+                   float* c) {
+    table().tile_bf16(depth, a, lda, b, c, table().nr_f32);
   }
   static void fill(In<std::uint16_t> x, bool, Index first, Index rows, Index begin, Index width,
                    std::uint32_t* to) {
@@ -109,7 +114,8 @@ void fill_panels(In<T> x, bool bf16, Index first, Index rows, typename Layout::W
 template <class Layout>
 void add_tiles(const typename Layout::Word* left, const typename Layout::Word* right, Index depth,
                Index row0, Index row1, Index panel, float* c, Ahead& ahead, Out<double> h) {
-  const Index nr = table().nr_f32, mr = table().mr_f32, column = panel * nr;
+  const Index nr = table().nr_f32, mr = Layout::mr(), column = panel * nr;
+  const Index across = Layout::by_row() ? depth : 1, along = Layout::by_row() ? 1 : nr;
   const Index width = std::min(nr, h.cols() - column);
   const Index rows = std::min(ceil_div(row1 - row0, mr) * mr, h.rows() - row0);
   const Index tiles = ceil_div(depth, kDepth) * ceil_div(row1 - row0, mr);
@@ -121,8 +127,9 @@ void add_tiles(const typename Layout::Word* left, const typename Layout::Word* r
         for (Index j = 0; j < width; j += 8)
           __builtin_prefetch(&h(row0 + fetched, column + j), 1, 2);
       ahead.step();
-      Layout::tile(std::min(kDepth, depth - p), left + (i / nr * depth + p) * nr + i % nr,
-                   right + (panel * depth + p) * nr, c + (i - row0) * nr);
+      Layout::tile(
+          std::min(kDepth, depth - p), left + i / nr * depth * nr + i % nr * across + p * along,
+          Layout::by_row() ? depth : nr, right + (panel * depth + p) * nr, c + (i - row0) * nr);
     }
   if (rows > 0) table().widen_add(rows, width, c, nr, &h(row0, column), h.outerStride());
 }
@@ -134,6 +141,21 @@ void subtract(typename Layout::Word* left, const typename Layout::Word* right, I
   parallel_for(panels, [&](Index p) {
     for (Index i = p * size; i < (p + 1) * size; ++i)
       left[i] = Layout::difference(left[i], right[i]);
+  });
+}
+
+// [panel][depth][nr] as [panel][nr][depth].
+template <class Word>
+void turn_panels(const Word* from, Index panels, Index depth, Word* to) {
+  const Index nr = table().nr_f32;
+  constexpr Index kBlock = 16;
+  parallel_for(panels, [&](Index panel) {
+    const Word* left = from + panel * depth * nr;
+    Word* turned = to + panel * depth * nr;
+    for (Index p = 0; p < depth; p += kBlock)
+      for (Index i = 0; i < nr; ++i)
+        for (Index q = p; q < std::min(depth, p + kBlock); ++q)
+          turned[i * depth + q] = left[q * nr + i];
   });
 }
 
@@ -152,6 +174,7 @@ void add_products(const Change<T>* change, In<T> x, bool bf16, Out<double> h) {
       change != nullptr && (change->after.data() != x.data() || change->after.cols() != x.cols());
   Buffer<typename Layout::Word> right(deepest * panels * nr);
   Buffer<typename Layout::Word> left(change != nullptr ? deepest * left_panels * nr : 0);
+  Buffer<typename Layout::Word> turned(Layout::by_row() ? deepest * left_panels * nr : 0);
   Buffer<typename Layout::Word> after(apart ? deepest * left_panels * nr : 0);
   const Index across = ceil_div(panels, kPanelsPerTask), down = ceil_div(h.rows(), kRowsPerTask);
   for (Index first = 0; first < x.rows(); first += kChunk) {
@@ -163,6 +186,10 @@ void add_products(const Change<T>* change, In<T> x, bool bf16, Out<double> h) {
       subtract<Layout>(left.get(), apart ? after.get() : right.get(), left_panels, depth * nr);
     }
     const typename Layout::Word* other = change == nullptr ? right.get() : left.get();
+    if (Layout::by_row()) {
+      turn_panels(other, left_panels, depth, turned.get());
+      other = turned.get();
+    }
     parallel_for(across * down, [&](Index task) {
       const Index row0 = task % down * kRowsPerTask, panel0 = task / down * kPanelsPerTask;
       const Index row1 = std::min(h.rows(), row0 + kRowsPerTask);
@@ -173,7 +200,7 @@ void add_products(const Change<T>* change, In<T> x, bool bf16, Out<double> h) {
           std::min(row0 / nr + kRowsPerTask / nr * thread_count().load(), left_panels);
       const Index size = std::min(kRowsPerTask / nr, left_panels - next) * depth * nr;
       const Index steps =
-          (panel1 - panel0) * ceil_div(depth, kDepth) * (row1 - row0) / table().mr_f32;
+          (panel1 - panel0) * ceil_div(depth, kDepth) * (row1 - row0) / Layout::mr();
       Ahead ahead(other + next * depth * nr, size, steps);
       Buffer<float> c(kRowsPerTask * nr);
       for (Index p = panel0; p < panel1; ++p)
