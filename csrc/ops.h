@@ -151,10 +151,11 @@ void unpack_linear(In<std::uint8_t> panels, const PanelLayout& layout, Out<std::
                    Out<float> scales, Out<float> zeros);
 // y_i (t, n_i) = x (t, k) W_i^T, one behind the other in y. Exact: W dequantized to float32, one
 // multiply-add chain, k ascending. fast: x as int8, codes times scales of the largest |x| / 127 of
-// a segment (32 columns of a group at most), or per_token, sums in integers over a segment (1024
-// columns at most per token); of those a group's sum is a chain, from what its zero points take
-// away on, and y one of the groups' by their weight scales, ascending; levels of tables as
-// multiples of the smallest positive one where they are, else of the largest / 127. u16: bf16.
+// a segment (64 columns of a group at most), a second digit where that stands out among the
+// token's; or per_token (segments of 1024 columns at most), one scale. Sums over a segment are
+// integers; of those a group's sum is a chain, from what its zero points take away on, and y one of
+// the groups' by their weight scales, ascending; levels of tables as multiples of the smallest
+// positive one where they are, else of the largest / 127. u16: bf16.
 void linear_f32(In<float> x, const std::vector<const Packed*>& weights, bool fast, bool per_token,
                 OutVec<float> y);
 void linear_u16(In<std::uint16_t> x, const std::vector<const Packed*>& weights, bool fast,

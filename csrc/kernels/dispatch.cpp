@@ -89,7 +89,8 @@ bool bytes_agree() {
       token[t * 24 + j] = strip[j * kTokens + t] =
           static_cast<std::int32_t>(unsigned(t * 24 + j) * 0x1F35B2C7U);
   std::vector<float> tiles(kTokens * kPanelRows), want(tiles.size());
-  DotTokens x = {kTokens, true, true, 64, token.data(), ones.data(), none.data()};
+  DotTokens x = {kTokens,     true, true,    64,      token.data(), ones.data(),
+                 none.data(), 0,    nullptr, nullptr, nullptr};
   amx::kTable.dot_tile(layout, panel.data(), x, tiles.data(), kPanelRows);
   x.by_token = false;
   x.quads = strip.data();

@@ -1,8 +1,9 @@
 // Panels times int8 tokens, 16 rows x up to kDotTokens tokens: integer sums over a segment in
 // registers; of a group, from what its zero points take away on, sum = fma(segment, token scale,
 // sum), or sum + segment where tokens have one scale each; y = fma(sum, weight scale, y). All
-// ascending. By token the integer sums come out of tiles: a segment's codes as bytes are the right
-// operand, 64 columns at most, and what follows is the same.
+// ascending, a segment's second digit behind its first. By token the integer sums come out of
+// tiles: a segment's codes as bytes are the right operand, 64 columns at most, and what follows is
+// the same.
 #include "kernels/amx.h"
 #include "kernels/int8.h"
 #include "kernels/table.h"
@@ -86,6 +87,7 @@ inline void tile_part(const PanelLayout& layout, const std::uint8_t* panel, cons
                       int part, float* y, std::int64_t ldy) {
   const std::uint8_t* codes = panel + layout.codes_at;
   const float *token = x.scale, *shift = x.shift;
+  std::int64_t number = 0, finer = 0;
   VF out[kTokens] = {};
   for (std::int64_t g = 0; g < layout.groups; ++g, shift += kTokens) {
     const std::int64_t first = g * layout.group_strips;
@@ -93,17 +95,24 @@ inline void tile_part(const PanelLayout& layout, const std::uint8_t* panel, cons
         first + layout.group_strips < layout.strips ? first + layout.group_strips : layout.strips;
     VF sum[kTokens];
     start(layout, panel, g, part, shift, sum);
-    for (std::int64_t begin = first; begin < end; begin += x.segment) {
+    for (std::int64_t begin = first; begin < end; begin += x.segment, ++number) {
       const std::int64_t stop = begin + x.segment < end ? begin + x.segment : end;
-      Sums<kWidth, kTable, kTokens> segment;
-      for (std::int64_t s = begin; s < stop; ++s) {
-        prefetch_strip<kWidth>(codes + layout.bytes, s);
-        segment.add_strip(layout, codes, s, part, x.quads + s * 4 * kTokens);
-      }
+      const std::int32_t* quads = x.quads + begin * 4 * kTokens;
+      const float* scale = token;
+      for (;;) {
+        Sums<kWidth, kTable, kTokens> segment;
+        for (std::int64_t s = begin; s < stop; ++s, quads += 4 * kTokens) {
+          prefetch_strip<kWidth>(codes + layout.bytes, s);
+          segment.add_strip(layout, codes, s, part, quads);
+        }
 #pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t)
-        sum[t] = x.per_token ? sum[t] + segment.total(t)
-                             : fma(segment.total(t), broadcast<VF>(token[t]), sum[t]);
+        for (int t = 0; t < kTokens; ++t)
+          sum[t] = x.per_token ? sum[t] + segment.total(t)
+                               : fma(segment.total(t), broadcast<VF>(scale[t]), sum[t]);
+        if (finer == x.finer_count || x.finer[finer] != number) break;
+        quads = x.finer_quads + finer * x.segment * 4 * kTokens;
+        scale = x.finer_scale + finer++ * kTokens;
+      }
       if (!x.per_token) token += kTokens;
     }
     finish(layout, panel, g, part, shift, sum, out);
@@ -143,18 +152,17 @@ inline void tile_by_token(const PanelLayout& layout, const std::uint8_t* panel, 
                           float* y, std::int64_t ldy) {
   constexpr int kMostStrips = 4;
   const int strips = x.segment < kMostStrips ? static_cast<int>(x.segment) : kMostStrips;
-  const std::int64_t row = layout.strips * kStrip;
   TileShapes shapes;
   shapes.set(0, x.tokens, kTileBytes);
   shapes.set(1, x.tokens, strips * kStrip);
   shapes.set(2, strips * 4, kTileBytes);
   const TileScope scope(shapes);
   const std::uint8_t* codes = panel + layout.codes_at;
-  const auto* tokens = reinterpret_cast<const std::uint8_t*>(x.quads);
   const float *token = x.scale, *shift = x.shift;
   alignas(64) std::uint8_t bytes[kMostStrips * 4 * kTileBytes];
   alignas(64) std::int32_t products[kTokensByToken][kF32] = {};
   float shifts[kTokensByToken] = {}, scales[kTokensByToken] = {};
+  std::int64_t number = 0, finer = 0;
   VF out[kTokensByToken] = {}, sum[kTokensByToken];
   for (std::int64_t g = 0; g < layout.groups; ++g, shift += x.tokens) {
     const std::int64_t first = g * layout.group_strips;
@@ -162,23 +170,32 @@ inline void tile_by_token(const PanelLayout& layout, const std::uint8_t* panel, 
         first + layout.group_strips < layout.strips ? first + layout.group_strips : layout.strips;
     for (int t = 0; t < x.tokens; ++t) shifts[t] = shift[t];
     start(layout, panel, g, 0, shifts, sum);
-    for (std::int64_t begin = first; begin < end; begin += x.segment) {
+    for (std::int64_t begin = first; begin < end; begin += x.segment, ++number) {
       const std::int64_t stop = begin + x.segment < end ? begin + x.segment : end;
-      TILE_ZERO(0);
-      for (std::int64_t s = begin; s < stop; s += strips) {
-        unpack<kWidth, kTable>(layout, codes, s, stop, strips, bytes);
-        TILE_LOAD(1, tokens + s * kStrip, row);
-        TILE_LOAD(2, bytes, kTileBytes);
-        TILE_BYTES(0, 1, 2);
-      }
-      TILE_STORE(0, products, kTileBytes);
-      if (!x.per_token)
-        for (int t = 0; t < x.tokens; ++t) scales[t] = *token++;
+      const std::uint8_t* tokens = reinterpret_cast<const std::uint8_t*>(x.quads) + begin * kStrip;
+      const float* scale = token;
+      std::int64_t row = layout.strips * kStrip;
+      for (;;) {
+        TILE_ZERO(0);
+        for (std::int64_t s = begin; s < stop; s += strips, tokens += strips * kStrip) {
+          unpack<kWidth, kTable>(layout, codes, s, stop, strips, bytes);
+          TILE_LOAD(1, tokens, row);
+          TILE_LOAD(2, bytes, kTileBytes);
+          TILE_BYTES(0, 1, 2);
+        }
+        TILE_STORE(0, products, kTileBytes);
+        for (int t = 0; t < x.tokens; ++t) scales[t] = x.per_token ? 1.0F : scale[t];
 #pragma GCC unroll 16
-      for (int t = 0; t < kTokensByToken; ++t) {
-        const VF segment = __builtin_convertvector(load<VI>(products[t]), VF);
-        sum[t] = x.per_token ? sum[t] + segment : fma(segment, broadcast<VF>(scales[t]), sum[t]);
+        for (int t = 0; t < kTokensByToken; ++t) {
+          const VF segment = __builtin_convertvector(load<VI>(products[t]), VF);
+          sum[t] = x.per_token ? sum[t] + segment : fma(segment, broadcast<VF>(scales[t]), sum[t]);
+        }
+        if (finer == x.finer_count || x.finer[finer] != number) break;
+        row = x.segment * kStrip;
+        tokens = reinterpret_cast<const std::uint8_t*>(x.finer_quads) + finer * x.tokens * row;
+        scale = x.finer_scale + finer++ * x.tokens;
       }
+      if (!x.per_token) token += x.tokens;
     }
     finish(layout, panel, g, 0, shifts, sum, out);
   }
@@ -203,6 +220,32 @@ inline float step_of(const float* x, std::int64_t columns) {
   return largest / 127.0F;
 }
 
+// Below it 127 / step could overflow: all codes are 0.
+inline float inverse_of(float step) { return step > 1e-30F ? 1.0F / step : 0.0F; }
+
+// A strip's bytes as quads `apart` words apart, and their sums by lane; code(i) are columns i on.
+template <class Code>
+inline VI keep_strip(std::int32_t* quads, int apart, const Code& code) {
+  using Bytes = std::int8_t __attribute__((vector_size(kF32)));
+  alignas(16) std::int32_t words[4];
+  VI sum = {};
+  for (int i = 0; i < kStrip; i += kF32) {
+    const VI q = __builtin_convertvector(code(i), VI);
+    sum += q;
+    store(reinterpret_cast<std::int8_t*>(words) + i, __builtin_convertvector(q, Bytes));
+  }
+  for (int j = 0; j < 4; ++j) quads[j * apart] = words[j];
+  return sum;
+}
+
+inline std::int32_t total_of(VI sum) {
+  std::int32_t lanes[kF32];
+  store(lanes, sum);
+  for (int half = kF32 / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
 template <int kWidth, bool kTable>
 inline void multiply(const PanelLayout& layout, const std::uint8_t* panel, const DotTokens& x,
                      float* y, std::int64_t ldy) {
@@ -223,10 +266,21 @@ void dot_tile(const PanelLayout& layout, const std::uint8_t* panel, const DotTok
   multiply<8, false>(layout, panel, x, y, ldy);
 }
 
+void second_digit(std::int64_t strips, const float* x, float step, int apart, std::int32_t* quads,
+                  std::int32_t* sum) {
+  const VF inverse = broadcast<VF>(inverse_of(step)), back = broadcast<VF>(-step);
+  const VF finer = broadcast<VF>(inverse_of(step / 254.0F));
+  VI total = {};
+  for (std::int64_t s = 0; s < strips; ++s)
+    total += keep_strip(quads + s * 4 * apart, apart, [&](int i) {
+      const VF value = load<VF>(x + s * kStrip + i);
+      return rint(fma(rint(value * inverse), back, value) * finer);
+    });
+  *sum = total_of(total);
+}
+
 void quantize_row(const PanelLayout& layout, std::int64_t segment, bool per_token, const float* x,
                   int apart, int stride, std::int32_t* quads, float* scale, std::int32_t* sum) {
-  constexpr float kSmallest = 1e-30F;  // below it 127 / step could overflow: all codes are 0
-  using Bytes = std::int8_t __attribute__((vector_size(kF32)));
   const float whole = per_token ? step_of(x, layout.strips * kStrip) : 0.0F;
   if (per_token) *scale = whole;
   for (std::int64_t g = 0, first = 0; g < layout.groups; ++g, first += layout.group_strips) {
@@ -239,22 +293,12 @@ void quantize_row(const PanelLayout& layout, std::int64_t segment, bool per_toke
         *scale = step;
         scale += stride;
       }
-      const VF inverse = broadcast<VF>(step > kSmallest ? 1.0F / step : 0.0F);
+      const VF inverse = broadcast<VF>(inverse_of(step));
       VI total = {};
-      for (std::int64_t s = begin; s < stop; ++s) {
-        alignas(16) std::int32_t words[4];
-        for (int i = 0; i < kStrip; i += kF32) {
-          const VI q = __builtin_convertvector(rint(load<VF>(x + s * kStrip + i) * inverse), VI);
-          total += q;
-          store(reinterpret_cast<std::int8_t*>(words) + i, __builtin_convertvector(q, Bytes));
-        }
-        for (int j = 0; j < 4; ++j) quads[(s * 4 + j) * apart] = words[j];
-      }
-      std::int32_t lanes[kF32];
-      store(lanes, total);
-      for (int half = kF32 / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-      *sum = lanes[0];
+      for (std::int64_t s = begin; s < stop; ++s)
+        total += keep_strip(quads + s * 4 * apart, apart,
+                            [&](int i) { return rint(load<VF>(x + s * kStrip + i) * inverse); });
+      *sum = total_of(total);
     }
   }
 }

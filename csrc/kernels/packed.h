@@ -41,7 +41,8 @@ struct PanelLayout {
 // Tokens as int8. A segment is a run of strips of one group with one scale of the activations.
 // [strip][4][tokens] quads of 4 columns, by token [tokens][strip][4] and 48 bytes behind the last
 // that can be read; [segment][tokens] scales (one per token: only [tokens]); [group][tokens] what
-// is added for each unit of zero point or offset, or for the middle.
+// is added for each unit of zero point or offset, or for the middle. Segments number `finer`,
+// ascending, have a second digit: quads like the others', each of `segment` strips, and scales.
 struct DotTokens {
   int tokens;
   bool per_token, by_token;
@@ -49,6 +50,10 @@ struct DotTokens {
   const std::int32_t* quads;
   const float* scale;
   const float* shift;
+  std::int64_t finer_count;
+  const std::int64_t* finer;
+  const std::int32_t* finer_quads;
+  const float* finer_scale;
 };
 
 }  // namespace bitwright

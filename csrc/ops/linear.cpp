@@ -3,24 +3,18 @@
 // multiply weights in registers; more go through the float tiles, 48 rows of weights at a time.
 // Which task computes what changes no bit: an output is one chain, of one kernel call after
 // another.
-#include <memory>
-#include <type_traits>
-
 #include "ops.h"
+#include "ops/int8_tokens.h"
 #include "ops/panel.h"
 
 namespace bitwright {
 
 namespace {
 
-constexpr Index kFewTokens = 4;           // exact: as many as multiply_rows takes
-constexpr Index kManyTokens = 8;          // fast: from here on by token, where the level has that
-constexpr Index kTileRows = 48;           // rows that fill right operands at every level
-constexpr Index kBlockStrips = 32;        // exact: columns of 48 rows as floats that stay in L2
-constexpr Index kMostPanels = 16;         // of a task: their codes stay in L2 while the tokens pass
-constexpr double kTaskNanoseconds = 1e4;  // below two of these no thread is started
-// Segments: as long as int8 tokens share a scale; per token as long as sums fit in 32 bits.
-constexpr Index kGroupSegment = 2, kTokenSegment = 64;
+constexpr Index kFewTokens = 4;     // exact: as many as multiply_rows takes
+constexpr Index kTileRows = 48;     // rows that fill right operands at every level
+constexpr Index kBlockStrips = 32;  // exact: columns of 48 rows as floats that stay in L2
+constexpr Index kMostPanels = 16;   // of a task: their codes stay in L2 while the tokens pass
 
 Index panels_of(const Packed& w) { return ceil_div(w.n, kPanelRows); }
 
@@ -68,32 +62,6 @@ class Tasks {
   bool alone_;
 };
 
-template <class T>
-void widen_row(const T* from, Index count, float* to) {
-  if constexpr (std::is_same_v<T, float>)
-    std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float));
-  else
-    table().widen_bf16(count, from, to);
-}
-
-// A row of x, padded as the codes are: x itself where that is the same.
-template <class T>
-const float* padded_row(const PanelLayout& layout, const T* row, float* buffer) {
-  const bool whole = layout.group_strips * kStrip == layout.group || layout.groups == 1;
-  const bool padded = !whole || layout.k % kStrip != 0;
-  if constexpr (std::is_same_v<T, float>)
-    if (!padded) return row;
-  if (padded) std::fill(buffer, buffer + layout.strips * kStrip, 0.0F);
-  if (whole) {
-    widen_row(row, layout.k, buffer);
-    return buffer;
-  }
-  for (Index g = 0; g < layout.groups; ++g)
-    widen_row(row + g * layout.group, std::min(layout.group, layout.k - g * layout.group),
-              buffer + g * layout.group_strips * kStrip);
-  return buffer;
-}
-
 // Results of panels begin .. end - 1 for tokens from `first` on: float32 is written where it
 // belongs, unless a panel is cut short.
 template <class T>
@@ -134,109 +102,20 @@ std::vector<Result<T>> results(const std::vector<const Packed*>& weights, Index 
   return found;
 }
 
-// All tokens as int8, in tiles: [tile][strip][4][tokens of the tile], or by token.
-class Quantized {
- public:
-  template <class T>
-  Quantized(In<T> x, const PanelLayout& layout, bool per_token)
-      : layout_(layout),
-        per_token_(per_token),
-        tokens_(x.rows()),
-        by_token_(table().tokens_by_token > 0 && tokens_ >= kManyTokens),
-        tiles_(ceil_div(x.rows(), by_token_ ? table().tokens_by_token : table().dot_tokens)),
-        segment_(per_token ? kTokenSegment : kGroupSegment),
-        segments_((layout.groups - 1) * segments_of(0) + segments_of(layout.groups - 1)),
-        quads_(tokens_ * row() + 12),
-        scale_(tokens_ * segments_),
-        sum_(tokens_ * segments_) {
-    const auto one = [&](Index tile) {
-      Buffer<float> floats(layout_.strips * kStrip);
-      const Index first = begin(tile), count = begin(tile + 1) - first;
-      for (Index t = 0; t < count; ++t) {
-        const T* from = x.data() + (first + t) * x.outerStride();
-        table().quantize_row(layout_, segment_, per_token_, padded_row(layout_, from, floats.get()),
-                             by_token_ ? 1 : static_cast<int>(count), static_cast<int>(count),
-                             quads_ + first * row() + (by_token_ ? t * row() : t),
-                             scale_ + first * scales() + t, sum_ + first * segments_ + t);
-      }
-    };
-    if (double(tokens_) * double(layout.k) * 0.3 < 2 * kTaskNanoseconds)
-      for (Index tile = 0; tile < tiles_; ++tile) one(tile);
-    else
-      parallel_for(tiles_, one);
-  }
-  Index begin(Index tile) const { return tokens_ * tile / tiles_; }
-  Index tiles() const { return tiles_; }
-  Index cells() const { return tokens_ * layout_.groups; }
-  // [tile][group][token]: what the codes of a token in a group come to, times -zero.
-  void shifts(float zero, float* to) const {
-    for (Index i = 0; i < tiles_; ++i) {
-      const Index first = begin(i), count = begin(i + 1) - first;
-      const std::int32_t* sum = sum_ + first * segments_;
-      const float* scale = scale_ + first * scales();
-      for (Index g = 0; g < layout_.groups; ++g, to += count) {
-        std::fill(to, to + count, 0.0F);
-        for (Index s = segments_of(g); s > 0; --s, sum += count, scale += per_token_ ? 0 : count)
-          for (Index t = 0; t < count; ++t)
-            to[t] += static_cast<float>(sum[t]) * (per_token_ ? 1.0F : scale[t]);
-        for (Index t = 0; t < count; ++t) to[t] *= -zero;
-      }
-    }
-  }
-  DotTokens tile(Index tile, const float* shift) const {
-    const Index first = begin(tile);
-    return {static_cast<int>(begin(tile + 1) - first),
-            per_token_,
-            by_token_,
-            segment_,
-            quads_ + first * row(),
-            scale_ + first * scales(),
-            shift + first * layout_.groups};
-  }
-
- private:
-  Index segments_of(Index group) const {
-    const Index left = layout_.strips - group * layout_.group_strips;
-    return ceil_div(std::min(left, layout_.group_strips), segment_);
-  }
-  Index scales() const { return per_token_ ? 1 : segments_; }
-  Index row() const { return layout_.strips * 4; }
-
-  PanelLayout layout_;
-  bool per_token_;
-  Index tokens_;
-  bool by_token_;
-  Index tiles_, segment_, segments_;
-  Buffer<std::int32_t> quads_;
-  Buffer<float> scale_;
-  Buffer<std::int32_t> sum_;
-};
-
-// One matrix's view of the tokens: what its zero points take away.
-struct Operand {
-  const Quantized* tokens;
-  Buffer<float> shift;
-
-  Operand(const Quantized& x, const PanelLayout& layout) : tokens(&x), shift(x.cells()) {
-    x.shifts(layout.zeros == Zeros::kMiddle ? float(layout.dot_zero) : 1.0F, shift.get());
-  }
-  DotTokens tile(Index i) const { return tokens->tile(i, shift.get()); }
-};
-
 template <class T>
 void run_fast(In<T> x, const std::vector<const Packed*>& weights, bool per_token, T* y) {
-  std::vector<std::unique_ptr<Quantized>> quantized;
-  std::vector<Operand> operands;
+  std::vector<std::unique_ptr<Int8Tokens>> quantized;
+  std::vector<Int8Operand> operands;
   for (std::size_t i = 0; i < weights.size(); ++i) {
     const PanelLayout& layout = weights[i]->layout;
     if (i == 0 || !same_columns(layout, weights[i - 1]->layout))
-      quantized.push_back(std::make_unique<Quantized>(x, layout, per_token));
+      quantized.push_back(std::make_unique<Int8Tokens>(x, layout, per_token));
     operands.emplace_back(*quantized.back(), layout);
   }
   const auto to = results(weights, x.rows(), y);
   Tasks(weights, x.rows(), 1).run([&](std::size_t matrix, Index begin, Index end) {
     const Packed& w = *weights[matrix];
-    const Operand& operand = operands[matrix];
+    const Int8Operand& operand = operands[matrix];
     alignas(64) float buffer[16 * kPanelRows];
     for (Index tile = 0; tile < operand.tokens->tiles(); ++tile) {
       const DotTokens tokens = operand.tile(tile);
