@@ -36,6 +36,7 @@ V2 = GPTQ | {"checkpoint_format": "gptq_v2"}
 ACT_ORDER = partial(folders.gptq_tensors, act_order=True)
 OTHERS = {
     "gptq-v1": ("int4-g16", GPTQ, folders.gptq_tensors),
+    "gptq-v1-said-to-be-ordered": ("int4-g16", GPTQ | {"desc_act": True}, folders.gptq_tensors),
     "gptq-v1-act-order": ("int4-g16", GPTQ | {"desc_act": True}, ACT_ORDER),
     "gptq-v2-2-bit": ("int2-g16-asym", V2 | {"bits": 2, "sym": False},
                       partial(folders.gptq_tensors, v1=False)),
@@ -59,6 +60,8 @@ def test_formats_of_other_tools(source, tmp_path, case):
     model = bitwright.load(folder, mode="exact")
     assert len(quant_linears(model)) == 14
     assert torch.allclose(logits(model), want, atol=CLOSE, rtol=0)
+    whole = list(hf.fusion(model).values()).count("")
+    assert inspect(folder).fused.startswith(f"{whole} of 2 layers")
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     hf.set_mode(again, "exact")

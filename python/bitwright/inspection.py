@@ -1,4 +1,5 @@
-"""What is in a checkpoint, from headers and config alone: no weight read, no model built."""
+"""What is in a checkpoint, from headers, config and the order of columns: no weight read, no model
+built."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bitwright import archs, papers, registry
 from bitwright.files.checkpoint import Checkpoint
@@ -132,17 +135,21 @@ def inspect(path: str | Path) -> Inspection:
 
 
 def _fused(checkpoint: Checkpoint, names: Collection[str]) -> str:
-    """By what the config and the names tell: a layer needs all its linears quantized, with their
-    columns in natural order."""
+    """By what the config, the names and g_idx tell: a layer needs all its linears quantized, with
+    their columns in natural order."""
     config, arch = checkpoint.config, archs.find(checkpoint.config)
     told = archs.not_fused(config)
     if told or arch is None:
         return f"layers run operation by operation: {told}"
     settings, tensors = config["quantization_config"], set(checkpoint.entries)
 
+    def natural(order: str) -> bool:
+        return order not in tensors or bool(np.all(np.diff(checkpoint.read(order)) >= 0))
+
     def ready(module: str) -> bool:
-        ordered = module in settings.get("ordered", ()) or f"{module}.weight_g_idx" in tensors
-        return module in names and not ordered and not settings.get("desc_act")
+        if module not in names or module in settings.get("ordered", ()):
+            return False
+        return natural(f"{module}.g_idx") and natural(f"{module}.weight_g_idx")
 
     linears = [linear.name for group in arch.groups for linear in group.linears]
     count = int(config.get("num_hidden_layers", 0))
