@@ -4,7 +4,7 @@
                                   [--samples 128]
 
 Each row quantizes BASE with 128 x 512 tokens (the shipped calibration text unless told otherwise)
-and compares 12 x 512 tokens of the shipped validation text (or each FILE) with BASE. Peak memory is
+and compares 12 x 512 tokens of two texts (texts.py, or each FILE) with BASE. Peak memory is
 that of a process of its own, beyond what it held after importing torch and bitwright. --only keeps
 the rows that contain one of the texts, such as int4-g64, or "int3-g64-asym gptq fast"; without it
 rows of number formats other than integers, and of fixed scales, are there as well.
@@ -18,6 +18,8 @@ import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from texts import both
 
 RUNS = (  # scheme, method, effort, scales where they are not the effort's
     "int4-g64 rtn default",
@@ -69,26 +71,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base")
     parser.add_argument("--calibration")
-    parser.add_argument("--text", nargs="*", default=[None])
+    parser.add_argument("--text", nargs="*")
     parser.add_argument("--only", default="")
     parser.add_argument("--samples", type=int, default=128)
     a = parser.parse_args()
     print("| scheme, method, effort | KL mean | perplexity | top-1 | bits | seconds | MB |")
     print("|---|---|---|---|---|---|---|")
     context = multiprocessing.get_context("spawn")
-    for row in RUNS:
-        if not any(part in row for part in a.only.split(",")):
-            continue
-        with context.Pool(1) as pool:
-            wish = (a.base, row, a.samples, a.calibration, a.text)
-            scores, seconds, extra = pool.apply(one, wish)
-        first = scores[0]
-        print(
-            f"| {row} | {', '.join(f'{s.kl_mean:.4f}' for s in scores)} "
-            f"| {first.perplexity:.2f} | {100 * first.top1:.1f} % | {first.bits_per_weight:.2f} "
-            f"| {seconds:.0f} | {extra / 1e6:.0f} |",
-            flush=True,
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        texts = a.text or both(Path(folder))
+        for row in RUNS:
+            if not any(part in row for part in a.only.split(",")):
+                continue
+            with context.Pool(1) as pool:
+                wish = (a.base, row, a.samples, a.calibration, texts)
+                scores, seconds, extra = pool.apply(one, wish)
+            first = scores[0]
+            print(
+                f"| {row} | {', '.join(f'{s.kl_mean:.4f}' for s in scores)} "
+                f"| {first.perplexity:.2f} | {100 * first.top1:.1f} % "
+                f"| {first.bits_per_weight:.2f} | {seconds:.0f} | {extra / 1e6:.0f} |",
+                flush=True,
+            )
     print(f"\nperplexity of the original: {first.perplexity_base:.2f}")
 
 
