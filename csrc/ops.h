@@ -151,7 +151,7 @@ void unpack_linear(In<std::uint8_t> panels, const PanelLayout& layout, Out<std::
                    Out<float> scales, Out<float> zeros);
 // y_i (t, n_i) = x (t, k) W_i^T, one behind the other in y. Exact: W dequantized to float32, one
 // multiply-add chain, k ascending. fast: x as int8, codes times scales of the largest |x| / 127 of
-// a segment (64 columns of a group at most), a second digit where that stands out among the
+// a segment (128 columns of a group at most), a second digit where that stands out among the
 // token's; or per_token (segments of 1024 columns at most), one scale. Sums over a segment are
 // integers; of those a group's sum is a chain, from what its zero points take away on, and y one of
 // the groups' by their weight scales, ascending; levels of tables as multiples of the smallest

@@ -140,7 +140,7 @@ def bound(X: np.ndarray, q: QTensor, per_token: bool) -> np.ndarray:
         rough = 2.0**q.scheme.bits * np.repeat(np.abs(q.scales), group, 1)[:, :k]
     d = np.repeat(step(X), k, 1)
     if not per_token:
-        parts = [part for _, part in parts_of(k, group, 64)]
+        parts = [part for _, part in parts_of(k, group, 128)]
         steps = [step(X[:, part]) for part in parts]
         for part, one, finer in zip(parts, steps, stands_out(steps), strict=True):
             d[:, part] = np.where(finer, one / np.float32(254), one)

@@ -3,7 +3,7 @@
     python tests/bench/fast.py BASE OUT [--text FILE ...] [--windows 6]
 
 Windows of 512 tokens of the shipped validation text (or each FILE), the original in float32. Scales
-per token and 64 columns (`group`), and one per token (`token`).
+per token and group of at most 128 columns (`group`), and one per token (`token`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """y = x W^T. Exact: one float32 multiply-add chain along k. Fast: int8 codes of x,
 
-q = rint(x / d), d = max |x| / 127 over a segment: 64 columns of a group at most, or the token. Of a
+q = rint(x / d), d = max |x| / 127 over a segment: 128 columns of a group at most, or the token. Of a
 segment whose d^2 is more than 4 times the mean of the token's others, a second digit
 rint((x - d q) / (d / 254)) on d / 254, which follows the first wherever that goes. Of a group, with
 s = sum of d q over its segments (per token of q), in codes of a zero point z, t = -z s, then
@@ -49,7 +49,7 @@ def stands_out(steps):
 
 def digits_of(x, group, per_token, fused):
     """(group, columns, codes, step) in the order of multiplication; codes (t, columns)."""
-    parts = list(parts_of(x.shape[1], group, 1024 if per_token else 64))
+    parts = list(parts_of(x.shape[1], group, 1024 if per_token else 128))
     if per_token:
         d = step(x)
         return [(g, part, as_bytes(x[:, part], d), d) for g, part in parts]

@@ -7,9 +7,10 @@ place; `state_dict` gives the file's tensors all the same, and `load_state_dict`
     y = x[..., order] W^T + bias        W: the dequantized weight; order: where columns have one
 
 mode "exact" multiplies dequantized weights in float32, "fast" rounds activations to int8: a scale
-for each token and 64 columns, with a second digit where that scale stands out among the token's, or
-one for each token. Gradients flow to x, through W, and to the bias; the weight has none, so
-adapters train on top. Activations are float32 or bfloat16; float16 goes through float32.
+for each token and 128 columns of a group at most, with a second digit where that scale stands out
+among the token's, or one for each token. Gradients flow to x, through W, and to the bias; the
+weight has none, so adapters train on top. Activations are float32 or bfloat16; float16 goes through
+float32.
 
 Outside of tracing the kernel is called directly; torch's dispatcher (some 20 microseconds a call)
 comes in where there are gradients, under torch.compile, and for tensors that are not plain ones.
