@@ -1,7 +1,7 @@
 """y = x W^T. Exact: one float32 multiply-add chain along k. Fast: int8 codes of x,
 
-q = rint(x / d), d = max |x| / 127 over a segment: 128 columns of a group at most, or the token. Of a
-segment whose d^2 is more than 4 times the mean of the token's others, a second digit
+q = rint(x / d), d = max |x| / 127 over a segment: 128 columns of a group at most, or the token. Of
+a segment whose d^2 is more than 4 times the mean of the token's others, a second digit
 rint((x - d q) / (d / 254)) on d / 254, which follows the first wherever that goes. Of a group, with
 s = sum of d q over its segments (per token of q), in codes of a zero point z, t = -z s, then
 t = fma(sum q code, d, t) segment by segment (per token t += sum q code); then y = fma(t, scale, y),
