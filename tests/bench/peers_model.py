@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,7 @@ def llmcompressor(base: str, ids: np.ndarray, out: str, observer: str) -> None:
 
 
 def gptqmodel(base: str, ids: np.ndarray, out: str, mse: str) -> None:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # 7.7 refuses to start on two CPUs without
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
 
@@ -121,14 +123,23 @@ def main() -> None:
         read = a.text or both(folder)
         for who, (run, _) in RUNS.items():
             python = pythons[run]
-            if a.only not in who or python is None:
+            if not any(part in who for part in a.only.split(",")) or python is None:
                 print(
                     f"| {who} | {'no interpreter given' if python is None else 'left out'} | | | |"
                 )
                 continue
             out = folder / who.replace(" ", "-")
-            command = [python, __file__, "--work", who, a.base, str(ids), str(out)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            base = str(Path(a.base).resolve())
+            command = [
+                python,
+                str(Path(__file__).resolve()),
+                "--work",
+                who,
+                base,
+                str(ids),
+                str(out),
+            ]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
             if done.returncode:
                 print(f"| {who} | {(done.stderr.strip().splitlines() or ['no word'])[-1]} | | | |")
                 continue
