@@ -141,9 +141,10 @@ inline void unpack(const PanelLayout& layout, const std::uint8_t* codes, std::in
     if (s < stop) {
       prefetch_strip<kWidth>(codes + layout.bytes, s);
       load_strip<kWidth>(codes, s, 0, quad);
+      if constexpr (kTable)
+        for (int j = 0; j < 4; ++j) quad[j] = look_up_bytes(layout.dot_levels, quad[j]);
     }
-    for (int j = 0; j < 4; ++j)
-      store(to + j * kTileBytes, kTable ? look_up_bytes(layout.dot_levels, quad[j]) : quad[j]);
+    for (int j = 0; j < 4; ++j) store(to + j * kTileBytes, quad[j]);
   }
 }
 
