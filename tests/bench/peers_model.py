@@ -98,6 +98,24 @@ def calibration(base: str, samples: int) -> np.ndarray:
     return data.collect(None, tokenizer, recipe, len(tokenizer)).ids
 
 
+def row(python: str, wish: tuple[str, str, str, str], folder: Path, texts: Any) -> str:
+    """Of the table: `wish` is what `work` takes."""
+    import bitwright
+
+    who, base, _, out = wish
+    command = [python, str(Path(__file__).resolve()), "--work", *wish]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return f"| {who} | {(done.stderr.strip().splitlines() or ['no word'])[-1]} | | | |"
+    seconds = float(json.loads(done.stdout.strip().splitlines()[-1]))
+    scores = [bitwright.compare(base, out, text=text) for text in texts]
+    kl = ", ".join(f"{s.kl_mean:.4f}" for s in scores)
+    first = scores[0]
+    return (
+        f"| {who} | {kl} | {first.perplexity:.2f} | {first.bits_per_weight:.2f} | {seconds:.0f} |"
+    )
+
+
 def main() -> None:
     """Prints the table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -110,8 +128,6 @@ def main() -> None:
     a = parser.parse_args()
     from texts import both
 
-    import bitwright
-
     pythons: dict[Any, str | None] = {
         ours: sys.executable, llmcompressor: a.llmcompressor, gptqmodel: a.gptqmodel
     }  # fmt: skip
@@ -123,34 +139,11 @@ def main() -> None:
         read = a.text or both(folder)
         for who, (run, _) in RUNS.items():
             python = pythons[run]
-            if not any(part in who for part in a.only.split(",")) or python is None:
-                print(
-                    f"| {who} | {'no interpreter given' if python is None else 'left out'} | | | |"
-                )
-                continue
-            out = folder / who.replace(" ", "-")
-            base = str(Path(a.base).resolve())
-            command = [
-                python,
-                str(Path(__file__).resolve()),
-                "--work",
-                who,
-                base,
-                str(ids),
-                str(out),
-            ]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-            if done.returncode:
-                print(f"| {who} | {(done.stderr.strip().splitlines() or ['no word'])[-1]} | | | |")
-                continue
-            seconds = float(json.loads(done.stdout.strip().splitlines()[-1]))
-            scores = [bitwright.compare(a.base, out, text=text) for text in read]
-            kl = ", ".join(f"{s.kl_mean:.4f}" for s in scores)
-            print(
-                f"| {who} | {kl} | {scores[0].perplexity:.2f} | {scores[0].bits_per_weight:.2f} "
-                f"| {seconds:.0f} |",
-                flush=True,
-            )
+            if python is None:
+                print(f"| {who} | no interpreter given | | | |", flush=True)
+            elif any(part in who for part in a.only.split(",")):
+                wish = (who, str(Path(a.base).resolve()), str(ids), str(folder / who))
+                print(row(python, wish, folder, read), flush=True)
 
 
 if __name__ == "__main__":
