@@ -1,7 +1,7 @@
 """y = x W^T on panels: packing against its twin, exact mode `==` the chain, fast mode `==` the twin
 of its integer arithmetic and within the bound of int8 activations from exact.
 
-Shapes: rows and columns that fill no panel, no strip, no group; tokens around tiles of 4 and 12.
+Shapes: rows and columns that fill no panel, no strip, no group; tokens around tiles of 4, 8 and 13.
 """
 
 from __future__ import annotations
@@ -126,6 +126,23 @@ def test_twin_linear_fast(name: str, per_token: bool) -> None:
             want = fast(X, *side(q), s.bits, per_token, FUSED, table_of(s), s.offset)
             assert_equal([Y], [want])
             assert np.all(np.abs(Y - ops.linear(X, packed)) <= bound(X, q, per_token))
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["group", "token"])
+@pytest.mark.parametrize("name", NAMES)
+def test_many_tokens_are_many_times_few(name: str, per_token: bool) -> None:
+    """Panels in pairs, blocks of 512 columns, 128 tokens at a time: where a level takes them so,
+    the bits are those of a few tokens; rows that leave a panel without another, threads."""
+    s = schemes.parse(name)
+    how: dict[str, Any] = {"mode": "fast", "activations": "token" if per_token else "group"}
+    for n, k in ((49, 1200), (80, 530)):
+        packed, X = ops.pack_linear(quantized(n, k, s)), tokens(150, k)
+        few = [ops.linear(X[t : t + 6], packed, **how) for t in range(0, len(X), 6)]
+        for count in (1, 2, 3):
+            with threads(count):
+                assert_equal([ops.linear(X, packed, **how)], [np.concatenate(few)])
+        for t in (14, 17, 33):
+            assert_equal([ops.linear(X[:t], packed, **how)], [np.concatenate(few)[:t]])
 
 
 def bound(X: np.ndarray, q: QTensor, per_token: bool) -> np.ndarray:

@@ -204,6 +204,27 @@ inline void tile_by_token(const PanelLayout& layout, const std::uint8_t* panel, 
 }
 #endif
 
+// f of all lanes, half by half.
+template <class F>
+inline std::int32_t across(VI all, const F& f) {
+  using Four = std::int32_t __attribute__((vector_size(16)));
+  Four four[kBytes / 16];
+  std::memcpy(four, &all, sizeof all);
+#pragma GCC unroll 2
+  for (int half = kBytes / 32; half > 0; half /= 2)
+#pragma GCC unroll 2
+    for (int i = 0; i < half; ++i) four[i] = f(four[i], four[i + half]);
+  return f(f(four[0][0], four[0][2]), f(four[0][1], four[0][3]));
+}
+
+inline std::int32_t largest_of(VI all) {
+  return across(all, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+inline std::int32_t total_of(VI all) {
+  return across(all, [](auto a, auto b) { return a + b; });
+}
+
 // Largest |x| / 127, not finite where a value is not: as integers, NaN > infinity > all others.
 inline float step_of(const float* x, std::int64_t columns) {
   VI most = {};
@@ -211,13 +232,9 @@ inline float step_of(const float* x, std::int64_t columns) {
     const VI size = load<VI>(x + i) & 0x7FFFFFFF;
     most = size > most ? size : most;
   }
-  std::int32_t lanes[kF32];
-  store(lanes, most);
-  for (int half = kF32 / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i)
-      lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  const std::int32_t bits = largest_of(most);
   float largest;
-  std::memcpy(&largest, lanes, sizeof largest);
+  std::memcpy(&largest, &bits, sizeof largest);
   return largest / 127.0F;
 }
 
@@ -237,14 +254,6 @@ inline VI keep_strip(std::int32_t* quads, int apart, const Code& code) {
   }
   for (int j = 0; j < 4; ++j) quads[j * apart] = words[j];
   return sum;
-}
-
-inline std::int32_t total_of(VI sum) {
-  std::int32_t lanes[kF32];
-  store(lanes, sum);
-  for (int half = kF32 / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
 }
 
 template <int kWidth, bool kTable>

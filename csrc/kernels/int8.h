@@ -10,6 +10,7 @@
 namespace bitwright::BITWRIGHT_ISA_NAME {
 
 #if defined(__AVX512VNNI__)
+#define BITWRIGHT_PAIR
 inline constexpr bool kVnni = true;
 inline VI dot4(VI sum, VI bytes, VI x) {
   return (VI)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, (__m512i)x);

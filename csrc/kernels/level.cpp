@@ -1,14 +1,20 @@
 // The table of one instruction set: this file, too, is compiled once per level.
 #include "kernels/amx.h"
+#include "kernels/int8.h"
 #include "kernels/table.h"
 
 #define BITWRIGHT_STRING_(x) #x
 #define BITWRIGHT_STRING(x) BITWRIGHT_STRING_(x)
 
 #if defined(BITWRIGHT_BF16_PAIRS)
-#define BITWRIGHT_BF16_DOT(name) name
+#define BITWRIGHT_WITH_BF16(name) name
 #else
-#define BITWRIGHT_BF16_DOT(name) nullptr
+#define BITWRIGHT_WITH_BF16(name) nullptr
+#endif
+#if defined(BITWRIGHT_PAIR)
+#define BITWRIGHT_WITH_PAIR(name) name
+#else
+#define BITWRIGHT_WITH_PAIR(name) nullptr
 #endif
 
 namespace bitwright::BITWRIGHT_ISA_NAME {
@@ -26,10 +32,11 @@ const Table kTable = {
     kPairsByRow,
     kDotTokens,
     kTokensByToken,
+    kPairTokens,
 #define KERNEL(name, arguments) name,
-#define KERNEL_OR_NULL(name, arguments) BITWRIGHT_BF16_DOT(name),
+#define KERNEL_WITH(feature, name, arguments) BITWRIGHT_WITH_##feature(name),
 #include "kernels/kernels.def"
-#undef KERNEL_OR_NULL
+#undef KERNEL_WITH
 #undef KERNEL
 };
 

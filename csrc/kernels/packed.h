@@ -56,4 +56,15 @@ struct DotTokens {
   const float* finer_scale;
 };
 
+// Strips begin .. end - 1 of two panels and room for them: codes as bytes, [strip][4][panel][64],
+// scales and zero points or offsets of their groups, [group][panel][16]. A block begins and ends
+// where a segment does.
+struct DotPair {
+  const PanelLayout* layout;
+  const std::uint8_t* panel[2];
+  std::int64_t begin, end;
+  std::uint8_t* quads;
+  float *scales, *zeros;
+};
+
 }  // namespace bitwright

@@ -25,6 +25,7 @@ inline constexpr int kBytes = 16, kMrF32 = 6, kMrF64 = 6, kDotTokens = 8;
 #else
 inline constexpr int kBytes = 16, kMrF32 = 4, kMrF64 = 3, kDotTokens = 4;
 #endif
+inline constexpr int kPairTokens = 8;
 inline constexpr int kVectors = 3;  // vectors side by side in a panel
 
 using VF = float __attribute__((vector_size(kBytes)));

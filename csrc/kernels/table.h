@@ -16,19 +16,20 @@ struct Table {
   bool pairs_by_row;    // its left operand
   int dot_tokens;       // of dot_tile, at most
   int tokens_by_token;  // of it, stored one after another; 0: it takes none so
+  int pair_tokens;      // of dot_pair, at most
 #define KERNEL(name, arguments) void(*name) arguments;
-#define KERNEL_OR_NULL KERNEL
+#define KERNEL_WITH(feature, name, arguments) KERNEL(name, arguments)
 #include "kernels/kernels.def"
-#undef KERNEL_OR_NULL
+#undef KERNEL_WITH
 #undef KERNEL
 };
 
 #ifdef BITWRIGHT_ISA_NAME
 namespace BITWRIGHT_ISA_NAME {
 #define KERNEL(name, arguments) void name arguments;
-#define KERNEL_OR_NULL KERNEL
+#define KERNEL_WITH(feature, name, arguments) KERNEL(name, arguments)
 #include "kernels/kernels.def"
-#undef KERNEL_OR_NULL
+#undef KERNEL_WITH
 #undef KERNEL
 }  // namespace BITWRIGHT_ISA_NAME
 #endif

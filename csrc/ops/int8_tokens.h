@@ -53,7 +53,9 @@ class Int8Tokens {
         per_token_(per_token),
         tokens_(x.rows()),
         by_token_(table().tokens_by_token > 0 && tokens_ >= kManyTokens),
-        tiles_(ceil_div(x.rows(), by_token_ ? table().tokens_by_token : table().dot_tokens)),
+        tiles_(ceil_div(tokens_, by_token_         ? table().tokens_by_token
+                                 : paired(tokens_) ? table().pair_tokens
+                                                   : table().dot_tokens)),
         segment_(per_token ? kTokenSegment : kGroupSegment),
         segments_((layout.groups - 1) * segments_of(0) + segments_of(layout.groups - 1)),
         quads_(tokens_ * row() + 12),
@@ -78,8 +80,14 @@ class Int8Tokens {
     else
       parallel_for(tiles_, one);
   }
+  // Whether so many go in tiles of dot_pair; dot_tile takes them, too.
+  static bool paired(Index tokens) {
+    return table().dot_pair != nullptr && table().tokens_by_token == 0 &&
+           tokens > table().dot_tokens;
+  }
   Index begin(Index tile) const { return tokens_ * tile / tiles_; }
   Index tiles() const { return tiles_; }
+  Index segment() const { return segment_; }
   Index cells() const { return tokens_ * layout_.groups; }
   // [tile][group][token]: what the codes of a token in a group come to, times -zero.
   void shifts(float zero, float* to) const {

@@ -1,8 +1,10 @@
 // y = x W^T of matrices in panels. Fast: the tokens become int8 once for all matrices of one group
-// size, in tiles of at most dot_tokens, and every panel meets every tile. Exact: up to 4 tokens
+// size, in tiles, and every panel meets every tile: packed, or, where the level multiplies pairs of
+// panels and there are tokens enough, as bytes, a block of columns at a time. Exact: up to 4 tokens
 // multiply weights in registers; more go through the float tiles, 48 rows of weights at a time.
 // Which task computes what changes no bit: an output is one chain, of one kernel call after
 // another.
+#include "core/ahead.h"
 #include "ops.h"
 #include "ops/int8_tokens.h"
 #include "ops/panel.h"
@@ -15,6 +17,8 @@ constexpr Index kFewTokens = 4;     // exact: as many as multiply_rows takes
 constexpr Index kTileRows = 48;     // rows that fill right operands at every level
 constexpr Index kBlockStrips = 32;  // exact: columns of 48 rows as floats that stay in L2
 constexpr Index kMostPanels = 16;   // of a task: their codes stay in L2 while the tokens pass
+constexpr Index kPairStrips = 32;   // of two panels, as bytes in a third of L1
+constexpr Index kTilesAtOnce = 16;  // that they meet before they are unpacked again
 
 Index panels_of(const Packed& w) { return ceil_div(w.n, kPanelRows); }
 
@@ -102,6 +106,69 @@ std::vector<Result<T>> results(const std::vector<const Packed*>& weights, Index 
   return found;
 }
 
+// Panels begin .. end - 1, every tile of tokens.
+template <class T>
+void multiply_panels(const Packed& w, const Int8Operand& x, Index begin, Index end,
+                     const Result<T>& to) {
+  alignas(64) float buffer[16 * kPanelRows];
+  for (Index tile = 0; tile < x.tokens->tiles(); ++tile) {
+    const DotTokens tokens = x.tile(tile);
+    const Index first = x.tokens->begin(tile);
+    for (Index p = begin; p < end; ++p) {
+      Index ldy = 0;
+      float* out = to.place(p, p + 1, first, buffer, &ldy);
+      table().dot_tile(w.layout, w.panels + p * w.layout.bytes, tokens, out, ldy);
+      to.keep(p, p + 1, first, tokens.tokens, out, ldy);
+    }
+  }
+}
+
+// Where a block ends that begins with a segment: whole groups, or whole segments of one.
+Index end_of_block(const PanelLayout& layout, Index begin, Index segment) {
+  const Index whole = layout.group_strips;
+  if (whole <= kPairStrips) return std::min(layout.strips, begin + kPairStrips / whole * whole);
+  const Index step = std::max(kPairStrips / segment, Index{1}) * segment;
+  return std::min({begin + step, (begin / whole + 1) * whole, layout.strips});
+}
+
+// The same, two panels at a time: a block of their codes becomes bytes in L1, which tokens pass
+// while the next block's come from memory.
+template <class T>
+void multiply_pairs(const Packed& w, const Int8Operand& x, Index begin, Index end,
+                    const Result<T>& to) {
+  constexpr Index kRows = 2 * kPanelRows, kQuad = 64;
+  const Index tiles = x.tokens->tiles(), segment = x.tokens->segment();
+  const Index most = std::min(tiles, kTilesAtOnce) * table().pair_tokens;
+  const Index strips = std::max(kPairStrips, segment), line = w.layout.width * kQuad / 2;
+  Buffer<float> out(most * kRows), sums(most * kRows), scales(2 * strips * kRows);
+  Buffer<std::uint8_t> quads(strips * 4 * 2 * kQuad);
+  DotPair pair{&w.layout, {}, 0, 0, quads.get(), scales.get(), scales + strips * kRows};
+  for (Index tile0 = 0; tile0 < tiles; tile0 += kTilesAtOnce) {
+    const Index tile1 = std::min(tiles, tile0 + kTilesAtOnce), first = x.tokens->begin(tile0);
+    for (Index p = begin; p + 2 <= end; p += 2) {
+      for (int i = 0; i < 2; ++i) pair.panel[i] = w.panels + (p + i) * w.layout.bytes;
+      for (pair.begin = 0; pair.begin < w.layout.strips; pair.begin = pair.end) {
+        pair.end = end_of_block(w.layout, pair.begin, segment);
+        table().unpack_pair(pair);
+        // what unpack_pair reads next: of these panels, or of the two behind them
+        const bool last = pair.end == w.layout.strips, none = last && p + 4 > end;
+        const Index at = last ? 2 * w.layout.bytes : w.layout.codes_at + pair.end * line;
+        const Index size =
+            none ? 0 : (last ? w.layout.codes_at : 0) + (pair.end - pair.begin) * line;
+        Ahead low(pair.panel[0] + (none ? 0 : at), size, tile1 - tile0);
+        Ahead high(pair.panel[1] + (none ? 0 : at), size, tile1 - tile0);
+        for (Index i = tile0; i < tile1; ++i) {
+          const Index token = (x.tokens->begin(i) - first) * kRows;
+          low.step();
+          high.step();
+          table().dot_pair(pair, x.tile(i), sums + token, out + token);
+        }
+      }
+      to.keep(p, p + 2, first, x.tokens->begin(tile1) - first, out.get(), kRows);
+    }
+  }
+}
+
 template <class T>
 void run_fast(In<T> x, const std::vector<const Packed*>& weights, bool per_token, T* y) {
   std::vector<std::unique_ptr<Int8Tokens>> quantized;
@@ -113,20 +180,12 @@ void run_fast(In<T> x, const std::vector<const Packed*>& weights, bool per_token
     operands.emplace_back(*quantized.back(), layout);
   }
   const auto to = results(weights, x.rows(), y);
-  Tasks(weights, x.rows(), 1).run([&](std::size_t matrix, Index begin, Index end) {
-    const Packed& w = *weights[matrix];
+  const Index unit = Int8Tokens::paired(x.rows()) ? 2 : 1;
+  Tasks(weights, x.rows(), unit).run([&](std::size_t matrix, Index begin, Index end) {
     const Int8Operand& operand = operands[matrix];
-    alignas(64) float buffer[16 * kPanelRows];
-    for (Index tile = 0; tile < operand.tokens->tiles(); ++tile) {
-      const DotTokens tokens = operand.tile(tile);
-      const Index first = operand.tokens->begin(tile);
-      for (Index p = begin; p < end; ++p) {
-        Index ldy = 0;
-        float* out = to[matrix].place(p, p + 1, first, buffer, &ldy);
-        table().dot_tile(w.layout, w.panels + p * w.layout.bytes, tokens, out, ldy);
-        to[matrix].keep(p, p + 1, first, tokens.tokens, out, ldy);
-      }
-    }
+    const Index paired = unit == 2 ? end - (end - begin) % 2 : begin;
+    if (begin < paired) multiply_pairs(*weights[matrix], operand, begin, paired, to[matrix]);
+    if (paired < end) multiply_panels(*weights[matrix], operand, paired, end, to[matrix]);
   });
 }
 
