@@ -17,6 +17,7 @@ constexpr Index kFewTokens = 4;     // exact: as many as multiply_rows takes
 constexpr Index kTileRows = 48;     // rows that fill right operands at every level
 constexpr Index kBlockStrips = 32;  // exact: columns of 48 rows as floats that stay in L2
 constexpr Index kMostPanels = 16;   // of a task: their codes stay in L2 while the tokens pass
+constexpr Index kPairRows = 2 * kPanelRows;
 constexpr Index kPairStrips = 32;   // of two panels, as bytes in a third of L1
 constexpr Index kTilesAtOnce = 16;  // that they meet before they are unpacked again
 
@@ -88,10 +89,12 @@ struct Result {
     for (Index t = 0; t < tokens; ++t) {
       T* to = y + (first + t) * n + row;
       if (static_cast<const void*>(to) == static_cast<const void*>(from)) return;
-      if constexpr (std::is_same_v<T, float>)
-        std::copy(from + t * ld, from + t * ld + rows, to);
-      else
+      if constexpr (!std::is_same_v<T, float>)
         table().narrow_bf16(rows, from + t * ld, to);
+      else if (rows == kPairRows)  // a constant: no call
+        std::memcpy(to, from + t * ld, kPairRows * sizeof(float));
+      else
+        std::copy(from + t * ld, from + t * ld + rows, to);
     }
   }
 };
@@ -136,13 +139,13 @@ Index end_of_block(const PanelLayout& layout, Index begin, Index segment) {
 template <class T>
 void multiply_pairs(const Packed& w, const Int8Operand& x, Index begin, Index end,
                     const Result<T>& to) {
-  constexpr Index kRows = 2 * kPanelRows, kQuad = 64;
+  constexpr Index kQuad = 64;
   const Index tiles = x.tokens->tiles(), segment = x.tokens->segment();
   const Index most = std::min(tiles, kTilesAtOnce) * table().pair_tokens;
   const Index strips = std::max(kPairStrips, segment), line = w.layout.width * kQuad / 2;
-  Buffer<float> out(most * kRows), sums(most * kRows), scales(2 * strips * kRows);
+  Buffer<float> out(most * kPairRows), sums(most * kPairRows), scales(2 * strips * kPairRows);
   Buffer<std::uint8_t> quads(strips * 4 * 2 * kQuad);
-  DotPair pair{&w.layout, {}, 0, 0, quads.get(), scales.get(), scales + strips * kRows};
+  DotPair pair{&w.layout, {}, 0, 0, quads.get(), scales.get(), scales + strips * kPairRows};
   for (Index tile0 = 0; tile0 < tiles; tile0 += kTilesAtOnce) {
     const Index tile1 = std::min(tiles, tile0 + kTilesAtOnce), first = x.tokens->begin(tile0);
     for (Index p = begin; p + 2 <= end; p += 2) {
@@ -158,13 +161,13 @@ void multiply_pairs(const Packed& w, const Int8Operand& x, Index begin, Index en
         Ahead low(pair.panel[0] + (none ? 0 : at), size, tile1 - tile0);
         Ahead high(pair.panel[1] + (none ? 0 : at), size, tile1 - tile0);
         for (Index i = tile0; i < tile1; ++i) {
-          const Index token = (x.tokens->begin(i) - first) * kRows;
+          const Index token = (x.tokens->begin(i) - first) * kPairRows;
           low.step();
           high.step();
           table().dot_pair(pair, x.tile(i), sums + token, out + token);
         }
       }
-      to.keep(p, p + 2, first, x.tokens->begin(tile1) - first, out.get(), kRows);
+      to.keep(p, p + 2, first, x.tokens->begin(tile1) - first, out.get(), kPairRows);
     }
   }
 }
