@@ -94,6 +94,7 @@ inline void tile_part(const PanelLayout& layout, const std::uint8_t* panel, cons
     const std::int64_t end =
         first + layout.group_strips < layout.strips ? first + layout.group_strips : layout.strips;
     VF sum[kTokens];
+    prefetch_group(layout, panel + layout.bytes, g);
     start(layout, panel, g, part, shift, sum);
     for (std::int64_t begin = first; begin < end; begin += x.segment, ++number) {
       const std::int64_t stop = begin + x.segment < end ? begin + x.segment : end;

@@ -41,6 +41,16 @@ inline void prefetch_strip(const std::uint8_t* codes, std::int64_t strip) {
     __builtin_prefetch(codes + (strip * (kWidth / 2) + line) * 64, 0, 2);
 }
 
+// Likewise the scales of a group, and its zero points.
+inline void prefetch_group(const PanelLayout& layout, const std::uint8_t* panel, std::int64_t g) {
+  const std::int64_t row = g * kPanelRows;
+  const int bytes = layout.scale == ScaleWords::kFloat32 ? 4 : 2;
+  __builtin_prefetch(panel + row * bytes, 0, 2);
+  if (layout.zeros == Zeros::kBytes) __builtin_prefetch(panel + layout.zeros_at + row, 0, 2);
+  if (layout.zeros == Zeros::kOffsets)
+    __builtin_prefetch(panel + layout.zeros_at + row * bytes, 0, 2);
+}
+
 // Entry `code` of a table of 16 floats; only the low 4 bits of a code count.
 inline VF look_up(const float* table, VI code) {
 #if defined(__AVX512F__)
