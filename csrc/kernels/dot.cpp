@@ -94,7 +94,7 @@ inline void tile_part(const PanelLayout& layout, const std::uint8_t* panel, cons
     const std::int64_t end =
         first + layout.group_strips < layout.strips ? first + layout.group_strips : layout.strips;
     VF sum[kTokens];
-    prefetch_group(layout, panel + layout.bytes, g);
+    if (part == 0) prefetch_group(layout, panel + layout.bytes, g);
     start(layout, panel, g, part, shift, sum);
     for (std::int64_t begin = first; begin < end; begin += x.segment, ++number) {
       const std::int64_t stop = begin + x.segment < end ? begin + x.segment : end;
@@ -170,6 +170,7 @@ inline void tile_by_token(const PanelLayout& layout, const std::uint8_t* panel, 
     const std::int64_t first = g * layout.group_strips;
     const std::int64_t end =
         first + layout.group_strips < layout.strips ? first + layout.group_strips : layout.strips;
+    prefetch_group(layout, panel + layout.bytes, g);
     for (int t = 0; t < x.tokens; ++t) shifts[t] = shift[t];
     start(layout, panel, g, 0, shifts, sum);
     for (std::int64_t begin = first; begin < end; begin += x.segment, ++number) {

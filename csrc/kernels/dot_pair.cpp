@@ -12,6 +12,8 @@ namespace bitwright::BITWRIGHT_ISA_NAME {
 namespace {
 
 constexpr int kPair = 2;
+static_assert(kParts == 1, "a vector holds the rows of a panel");
+static_assert(kPairTokens <= kDotTokens, "dot_tile takes the panel that is left without another");
 
 template <int kTokens, Zeros kZeros>
 struct PairTile {

@@ -69,7 +69,7 @@ inline VF look_up(const float* table, VI code) {
 // bf16 or fp16 words as floats, exact for every finite one; core/half.h has the reasoning.
 inline VF widen(const std::uint8_t* words, bool bf16) {
   using Words = std::uint16_t __attribute__((vector_size(kF32 * 2)));
-#if defined(__AVX512F__)  // compilers take it apart
+#if defined(__AVX512F__)  // compilers make two halves of the conversion below
   const VI word = (VI)_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)load<Words>(words));
 #else
   const VI word = __builtin_convertvector(load<Words>(words), VI);

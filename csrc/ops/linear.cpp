@@ -18,7 +18,7 @@ constexpr Index kTileRows = 48;     // rows that fill right operands at every le
 constexpr Index kBlockStrips = 32;  // exact: columns of 48 rows as floats that stay in L2
 constexpr Index kMostPanels = 16;   // of a task: their codes stay in L2 while the tokens pass
 constexpr Index kPairRows = 2 * kPanelRows;
-constexpr Index kPairStrips = 32;   // of two panels, as bytes in a third of L1
+constexpr Index kPairStrips = 32;   // of two panels, as bytes in L1; a segment, if that is longer
 constexpr Index kTilesAtOnce = 16;  // that they meet before they are unpacked again
 
 Index panels_of(const Packed& w) { return ceil_div(w.n, kPanelRows); }
@@ -91,7 +91,7 @@ struct Result {
       if (static_cast<const void*>(to) == static_cast<const void*>(from)) return;
       if constexpr (!std::is_same_v<T, float>)
         table().narrow_bf16(rows, from + t * ld, to);
-      else if (rows == kPairRows)  // a constant: no call
+      else if (rows == kPairRows)  // a size that is known saves a call
         std::memcpy(to, from + t * ld, kPairRows * sizeof(float));
       else
         std::copy(from + t * ld, from + t * ld + rows, to);
@@ -153,13 +153,14 @@ void multiply_pairs(const Packed& w, const Int8Operand& x, Index begin, Index en
       for (pair.begin = 0; pair.begin < w.layout.strips; pair.begin = pair.end) {
         pair.end = end_of_block(w.layout, pair.begin, segment);
         table().unpack_pair(pair);
-        // what unpack_pair reads next: of these panels, or of the two behind them
+        // the block that comes next: of these panels, or with its scales of the two behind them
         const bool last = pair.end == w.layout.strips, none = last && p + 4 > end;
-        const Index at = last ? 2 * w.layout.bytes : w.layout.codes_at + pair.end * line;
-        const Index size =
-            none ? 0 : (last ? w.layout.codes_at : 0) + (pair.end - pair.begin) * line;
-        Ahead low(pair.panel[0] + (none ? 0 : at), size, tile1 - tile0);
-        Ahead high(pair.panel[1] + (none ? 0 : at), size, tile1 - tile0);
+        const Index next = last ? 0 : pair.end;
+        const Index codes = (end_of_block(w.layout, next, segment) - next) * line;
+        const Index at = none ? 0 : last ? 2 * w.layout.bytes : w.layout.codes_at + next * line;
+        const Index size = none ? 0 : last ? w.layout.codes_at + codes : codes;
+        Ahead low(pair.panel[0] + at, size, tile1 - tile0);
+        Ahead high(pair.panel[1] + at, size, tile1 - tile0);
         for (Index i = tile0; i < tile1; ++i) {
           const Index token = (x.tokens->begin(i) - first) * kPairRows;
           low.step();
