@@ -134,8 +134,8 @@ Index end_of_block(const PanelLayout& layout, Index begin, Index segment) {
   return std::min({begin + step, (begin / whole + 1) * whole, layout.strips});
 }
 
-// The same, two panels at a time: a block of their codes becomes bytes in L1, which tokens pass
-// while the next block's come from memory.
+// As multiply_panels, an even number of them, two at a time: a block of their codes becomes bytes
+// in L1, which the tokens pass while the next block's come from memory.
 template <class T>
 void multiply_pairs(const Packed& w, const Int8Operand& x, Index begin, Index end,
                     const Result<T>& to) {
