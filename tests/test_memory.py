@@ -3,11 +3,17 @@
 A synthetic Llama of SmolLM2's widths (hidden 576, ffn 1536, 9 heads, 3 KV heads), its weights
 written one by one; 10 layers and 100, which is 3.3 times the weights of SmolLM2's 30. Each run is a
 process of its own; peaks are VmHWM, mapped pages included.
+
+The holes of glibc's heap make the peaks of equal blocks scatter by 20 MiB (514 to 535 over 24
+blocks, nothing growing), and of 100 the largest is larger than of 10. So the comparison of the two
+is made with blocks above 1 MiB mapped on their own, which leave no holes: then they scatter by 3
+(506 to 509), and what is seen to grow is what a run holds.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -19,6 +25,7 @@ from bitwright.files import safetensors
 
 pytestmark = pytest.mark.slow
 HIDDEN, FFN, VOCABULARY = 576, 1536, 2048
+NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -80,10 +87,16 @@ def write(folder, layers):
     return folder
 
 
-def measure(base, out, method="gptq", samples=8, memory=0):
+def measure(base, out, method="gptq", samples=8, memory=0, environment=None):
     """Planned and measured peak bytes, and whether blocks ran again."""
     command = [sys.executable, "-c", RUN, base, out, method, samples, memory]
-    done = subprocess.run([str(a) for a in command], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(a) for a in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | (environment or {}),
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -108,7 +121,7 @@ def test_the_peak_does_not_grow_with_the_layers(tmp_path):
     peaks = {}
     for layers in (10, 100):
         base = write(tmp_path / str(layers), layers)
-        planned, peaks[layers], _ = measure(base, tmp_path / "out")
+        planned, peaks[layers], _ = measure(base, tmp_path / "out", environment=NO_HOLES)
         assert peaks[layers] < 1.2 * planned
     block = sum(n * k for n, k in LINEARS.values()) * 4  # of the forward, float32
     assert peaks[100] - peaks[10] < block, peaks
