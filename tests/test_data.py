@@ -12,11 +12,13 @@ import torch
 from bitwright.calib.data import (
     PIECE,
     are_ids,
+    books,
     collect,
-    default_text,
     load_tokenizer,
+    require_text,
     tokenise,
     validation_text,
+    various,
     windows,
 )
 from bitwright.demo import embedded_model
@@ -40,15 +42,56 @@ def ids(source, tokenizer, **changes):
 
 
 def test_the_shipped_texts():
-    assert len(default_text().encode()) >= 400_000
-    assert validation_text()[:500] not in default_text()
+    assert len(books().encode()) >= 400_000
+    assert validation_text()[:500] not in books()
+    assert "\ufffd" not in various()
 
 
 def test_the_default_says_what_it_is(tokenizer):
     tokens = collect(None, tokenizer, Recipe(), VOCABULARY)
     assert tokens.ids.shape == (128, 512)
-    assert "old English prose" in tokens.description
+    assert "old English prose in turn with" in tokens.description
     assert "65536 tokens" in tokens.description
+    plain = collect("books", tokenizer, Recipe(), VOCABULARY)
+    assert "old English prose (" in plain.description
+    whole = tokenise(books(), tokenizer)
+    assert np.array_equal(plain.ids, windows(whole, 128, 512, ""))
+
+
+@pytest.mark.parametrize(("samples", "length", "beside"), [(128, 512, 64), (5, 16, 2), (1, 16, 0)])
+def test_mixed_takes_windows_of_both_in_turn(tokenizer, samples, length, beside):
+    found = ids("mixed", tokenizer, samples=samples, length=length)
+    assert np.array_equal(found, ids(None, tokenizer, samples=samples, length=length))
+    first = windows(tokenise(books(), tokenizer), samples - beside, length, "")
+    assert np.array_equal(found[::2], first)
+    if beside:
+        second = windows(tokenise(various(), tokenizer), beside, length, "")
+        assert np.array_equal(found[1::2], second)
+
+
+def test_mixed_takes_no_more_of_the_other_text_than_it_has(tokenizer):
+    tokens = tokenise(various(), tokenizer)
+    length = len(tokens) // 3
+    found = ids("mixed", tokenizer, samples=12, length=length)
+    where = [i for i, row in enumerate(found) if (row[:64] == tokens[:64]).all()]
+    ends = [i for i, row in enumerate(found) if (row[-64:] == tokens[-64:]).all()]
+    assert (len(found), where, ends) == (12, [2], [10])
+    prose = windows(tokenise(books(), tokenizer), 9, length, "")
+    assert sum(any(np.array_equal(row, one) for one in prose) for row in found) == 9
+
+
+def test_a_file_goes_before_a_shipped_text_of_its_name(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books").write_text("".join(TEXTS))
+    assert np.array_equal(ids("books", tokenizer), ids(tmp_path / "books", tokenizer))
+    for name in ("books", "mixed", tmp_path / "books"):
+        require_text(name)
+    with pytest.raises(InputError, match=r"bocks: no such file, nor .* \(mixed, books\)"):
+        require_text("bocks")
+    with pytest.raises(InputError, match="It was the 0th of the month"):  # the text itself
+        require_text("".join(TEXTS))
+    with pytest.raises(InputError, match=r"chat template .* got the shipped text"):
+        ids("mixed", tokenizer, chat=True)
 
 
 def test_windows_are_evenly_spaced_over_the_whole_text():
@@ -72,7 +115,7 @@ def test_a_text_file_is_tokenised_whole_without_special_tokens(tokenizer, tmp_pa
 
 
 def test_a_long_text_in_pieces_gives_the_tokens_of_the_whole(tokenizer):
-    text = default_text()[: 3 * PIECE]
+    text = books()[: 3 * PIECE]
     whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     assert tokenise(text, tokenizer).tolist() == whole
     assert tokenise(text, tokenizer, 100).tolist() == whole[:100]

@@ -215,7 +215,7 @@ def plan_command(
     text = {"samples": samples, "length": length, "seed": seed, "chat": chat}
     wish = recipes.merge(recipe, names | text)
     if calibration is not None:
-        data.require_file(calibration)
+        data.require_text(calibration)
     made = plan.make(
         hub.resolve(src, config=True),
         wish,

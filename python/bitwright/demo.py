@@ -1,4 +1,4 @@
-"""The main job on what the package carries: its tiny model, its calibration and validation text."""
+"""The main job on what the package carries: its tiny model, the text of its kind."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def run(out: Path, overwrite: bool = False, progress: Progress = silent) -> Iter
                 out=folder,
                 scheme=scheme,
                 method=method,
+                calibration="books",  # all that the embedded model knows
                 overwrite=last and overwrite,
                 progress=progress,
             )

@@ -60,8 +60,9 @@ def quantize(
     recipe: a Recipe, a dict, or a YAML / JSON file. wishes: its fields as keywords, e.g.
     scheme="int4-g64", method="gptq", effort="default", format="compressed-tensors", samples=128,
     length=512.
-    calibration: text or JSONL file, data set, list of strings, token ids (N, length), or None for
-    the shipped text; for a module that is no transformers model an iterable of its inputs.
+    calibration: text or JSONL file, data set, list of strings, token ids (N, length), or the name
+    of a shipped text, "mixed" (None) or "books"; for a module that is no transformers model an
+    iterable of its inputs.
     tokenizer: for a model in memory that was not loaded from a folder with one. work: folder for
     what is finished (default OUT.work, removed at the end). threads: of the C++ core. device: of
     the forward and the Gram sums, "cpu" or "cuda" (None: a GPU where torch has one; other modules

@@ -52,7 +52,9 @@ Format = Annotated[
 ]
 Calibration = Annotated[
     Path | None,
-    typer.Option("--calibration", help="Text or JSONL file. [shipped old English prose]"),
+    typer.Option(
+        "--calibration", help="Text or JSONL file, or a shipped text: mixed, books. [mixed]"
+    ),
 ]
 Samples = Annotated[int | None, typer.Option("--samples", help="Calibration windows. [128]", min=1)]
 Length = Annotated[int | None, typer.Option("--length", help="Tokens in a window. [512]", min=2)]

@@ -29,7 +29,7 @@ from bitwright import export, ops, papers, plan
 from bitwright.calib import device as devices
 from bitwright.calib import precision
 from bitwright.calib.capture import Capture, Streams
-from bitwright.calib.data import Tokens, are_ids, collect, load_tokenizer, require_file
+from bitwright.calib.data import Tokens, are_ids, collect, load_tokenizer, require_text
 from bitwright.calib.memory import trim
 from bitwright.calib.skeleton import ForwardDtype, as_tensor
 from bitwright.calib.stats import StatsCollector
@@ -232,7 +232,7 @@ def _sized(recipe: Recipe, calibration: Any) -> Recipe:
 
 def _tokens(job: Job, calibration: Any) -> Tokens | None:
     if isinstance(calibration, str | Path):
-        require_file(Path(calibration))
+        require_text(calibration)
     if job.recipe.method == "rtn":
         return None
     known = are_ids(calibration) and not any(job.checkpoint.path.glob("tokenizer*"))

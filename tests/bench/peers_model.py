@@ -3,7 +3,7 @@
     python tests/bench/peers_model.py BASE [--samples 128] [--llmcompressor PYTHON]
                                            [--gptqmodel PYTHON] [--text FILE ...]
 
-All get the same tokens of the shipped calibration text, in windows of 512, and float32 weights on
+All get the same tokens of the shipped books, in windows of 512, and float32 weights on
 the CPU; symmetric scales, everything else as each library ships it ("mse": with its search of
 scales by mean square error). Each runs in a process of the interpreter that has it and writes its
 own format; bitwright.compare scores what lies on the disk, on two texts (texts.py, or each FILE).
@@ -95,7 +95,7 @@ def calibration(base: str, samples: int) -> np.ndarray:
 
     tokenizer = data.load_tokenizer(Path(base))
     recipe = Recipe(samples=samples, length=LENGTH)
-    return data.collect(None, tokenizer, recipe, len(tokenizer)).ids
+    return data.collect("books", tokenizer, recipe, len(tokenizer)).ids
 
 
 def row(python: str, wish: tuple[str, str, str, str], folder: Path, texts: Any) -> str:

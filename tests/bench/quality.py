@@ -3,7 +3,7 @@
     python tests/bench/quality.py BASE [--calibration FILE] [--text FILE ...] [--only TEXT,...]
                                   [--samples 128]
 
-Each row quantizes BASE with 128 x 512 tokens (the shipped calibration text unless told otherwise)
+Each row quantizes BASE with 128 x 512 tokens (the shipped books unless told otherwise)
 and compares 12 x 512 tokens of two texts (texts.py, or each FILE) with BASE. Peak memory is
 that of a process of its own, beyond what it held after importing torch and bitwright. --only keeps
 the rows that contain one of the texts, such as int4-g64, or "int3-g64-asym gptq fast"; without it
@@ -46,7 +46,7 @@ RUNS = (  # scheme, method, effort, scales where they are not the effort's
 )
 
 
-def one(base: str, row: str, samples: int, calibration: str | None, texts: Any) -> Any:
+def one(base: str, row: str, samples: int, calibration: str, texts: Any) -> Any:
     """Scores on each text, seconds and bytes of one row."""
     import bitwright  # noqa: PLC0415  in a process of its own
     from bitwright import module, plan  # noqa: PLC0415
@@ -70,7 +70,7 @@ def main() -> None:
     """Prints the table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base")
-    parser.add_argument("--calibration")
+    parser.add_argument("--calibration", default="books")
     parser.add_argument("--text", nargs="*")
     parser.add_argument("--only", default="")
     parser.add_argument("--samples", type=int, default=128)

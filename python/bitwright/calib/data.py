@@ -1,10 +1,13 @@
 """Calibration text as token windows (N, length).
 
-A text (file, or the shipped one) is tokenised without special tokens and cut into N windows that
-start at i (T - length) // (N - 1), i = 0 .. N - 1, for T tokens: evenly spaced, overlapping only
-where the text is short. Lists of strings, JSONL lines and data set rows are joined by a blank line
-and treated the same; chats go through the tokenizer's template first. Token ids are taken as they
-are.
+A text is tokenised without special tokens and cut into N windows that start at
+i (T - length) // (N - 1), i = 0 .. N - 1, for T tokens: evenly spaced, overlapping only where the
+text is short. Lists of strings, JSONL lines and data set rows are joined by a blank line and
+treated the same; chats go through the tokenizer's template first. Token ids are taken as they are.
+
+Two texts are shipped: `books`, old English prose, and `mixed`, which is taken where none is given:
+windows of books in turn with those of a text of many kinds, half of them or as many as that has
+without overlap. A file that has such a name goes first.
 
 Tokenizers take some 150 bytes for each character, so they get a text in pieces, cut before a space:
 there the common pre-tokenizers cut too, and the tokens are those of the whole text.
@@ -15,6 +18,7 @@ from __future__ import annotations
 import json
 import lzma
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -26,8 +30,13 @@ from transformers import AutoTokenizer
 
 from bitwright.spec import InputError, Recipe
 
-SHIPPED = "the shipped text, old English prose (public domain)"
+SHIPPED = {
+    "mixed": "the shipped texts, old English prose in turn with samples of a model and source code",
+    "books": "the shipped text, old English prose (public domain)",
+}
+DEFAULT = "mixed"
 ROWS_PER_SAMPLE = 64  # rows of a data set read at most, per wanted window
+_ROWS = "[calibration] wanted rows to put into the chat template (JSONL, a data set, strings)"
 PIECE = 1 << 16  # characters tokenised at a time: about 10 MB
 
 
@@ -57,15 +66,35 @@ def _shipped(name: str) -> str:
     return lzma.decompress(packed).decode("utf-8")
 
 
-def require_file(path: Path) -> None:
-    """InputError unless `path` is a file."""
-    if not path.is_file():
-        raise InputError(f"[calibration] could not read the text file {path}: no such file")
+def shipped_name(source: Any) -> str | None:
+    """The name of the shipped text that is meant, None if it is none of them."""
+    if source is None:
+        return DEFAULT
+    known = isinstance(source, str | Path) and str(source) in SHIPPED
+    return str(source) if known and not Path(source).is_file() else None
 
 
-def default_text() -> str:
-    """The shipped calibration text."""
-    return _shipped("calibration.txt.xz")
+def require_text(source: str | Path) -> None:
+    """InputError unless `source` is a file or the name of a shipped text."""
+    if shipped_name(source) is not None:
+        return
+    with suppress(OSError):  # a name that is too long
+        if Path(source).is_file():
+            return
+    raise InputError(
+        f"[calibration] could not read the text file {str(source)[:200]}: no such file, nor the "
+        f"name of a shipped text ({', '.join(SHIPPED)})"
+    )
+
+
+def books() -> str:
+    """The shipped text `books`."""
+    return _shipped("books.txt.xz")
+
+
+def various() -> str:
+    """What `mixed` has beside books: samples of a model, source code, technical prose."""
+    return _shipped("various.txt.xz")
 
 
 def validation_text() -> str:
@@ -76,18 +105,35 @@ def validation_text() -> str:
 def collect(source: Any, tokenizer: Any, recipe: Recipe, vocabulary: int) -> Tokens:
     """recipe.samples windows of recipe.length tokens from a source (see the top of this file).
 
-    source: None, path of a text or .jsonl file, list of strings or of chats, data set, or token
-    ids. InputError: empty or too short, all padding, ids outside the vocabulary, an unreadable
-    line.
+    source: None, a shipped text's name, path of a text or .jsonl file, list of strings or of
+    chats, data set, or token ids. InputError: empty or too short, all padding, ids outside the
+    vocabulary, an unreadable line.
     """
     if source is not None and are_ids(source):
         ids, what = _given(source, recipe), "given token ids"
+    elif name := shipped_name(source):
+        ids, what = _windows_of(name, tokenizer, recipe), SHIPPED[name]
     else:
         text, what = _text(source, tokenizer, recipe)
         ids = windows(tokenise(text, tokenizer), recipe.samples, recipe.length, what)
     _check(ids, tokenizer, vocabulary)
     n, length = ids.shape
     return Tokens(ids, f"{n} x {length} = {n * length} tokens of {what}")
+
+
+def _windows_of(name: str, tokenizer: Any, recipe: Recipe) -> npt.NDArray[np.int64]:
+    if recipe.chat:
+        raise InputError(f"{_ROWS}, got the shipped text")
+    samples, length, beside = recipe.samples, recipe.length, np.empty(0, np.int64)
+    if name == "mixed" and samples > 1:
+        beside = tokenise(various(), tokenizer)
+    count = min(samples // 2, len(beside) // length)
+    ids = windows(tokenise(books(), tokenizer), samples - count, length, SHIPPED["books"])
+    if not count:
+        return ids
+    both = np.concatenate([ids, windows(beside, count, length, SHIPPED["mixed"])])
+    turns = np.concatenate([(np.arange(n) + 0.5) / n for n in (len(ids), count)])
+    return both[np.argsort(turns, kind="stable")]
 
 
 def windows(
@@ -163,19 +209,10 @@ def _given(source: Any, recipe: Recipe) -> npt.NDArray[np.int64]:
 
 
 def _text(source: Any, tokenizer: Any, recipe: Recipe) -> tuple[str, str]:
-    if (
-        recipe.chat
-        and (source is None or Path(str(source)).suffix != ".jsonl")
-        and (source is None or isinstance(source, str | Path))
-    ):
-        raise InputError(
-            "[calibration] wanted rows to put into the chat template (JSONL, a data set, strings), "
-            f"got {'the shipped text' if source is None else f'the text file {source}'}"
-        )
-    if source is None:
-        return default_text(), SHIPPED
     if isinstance(source, str | Path):
         path = Path(source)
+        if recipe.chat and path.suffix != ".jsonl":
+            raise InputError(f"{_ROWS}, got the text file {source}")
         if path.suffix == ".jsonl":
             return _join(_jsonl(path), tokenizer, recipe), path.name
         return _read(path), path.name
