@@ -6,7 +6,7 @@
 All get the same tokens of the shipped books, in windows of 512, and float32 weights on
 the CPU; symmetric scales, everything else as each library ships it ("mse": with its search of
 scales by mean square error). Each runs in a process of the interpreter that has it and writes its
-own format; bitwright.compare scores what lies on the disk, on two texts (texts.py, or each FILE).
+own format; bitwright.compare scores what lies on the disk, on three texts (texts.py, or each FILE).
 An interpreter that is not given is a line that says so.
 """
 
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--llmcompressor", help="interpreter that has llm-compressor")
     parser.add_argument("--gptqmodel", help="interpreter that has GPTQModel")
     a = parser.parse_args()
-    from texts import both
+    from texts import scored
 
     pythons: dict[Any, str | None] = {
         ours: sys.executable, llmcompressor: a.llmcompressor, gptqmodel: a.gptqmodel
@@ -136,7 +136,7 @@ def main() -> None:
         folder = Path(scratch)
         ids = folder / "ids.npy"
         np.save(ids, calibration(a.base, a.samples))
-        read = a.text or both(folder)
+        read = a.text or scored(folder)
         for who, (run, _) in RUNS.items():
             python = pythons[run]
             if python is None:

@@ -4,7 +4,7 @@
                                   [--samples 128]
 
 Each row quantizes BASE with 128 x 512 tokens (the shipped books unless told otherwise)
-and compares 12 x 512 tokens of two texts (texts.py, or each FILE) with BASE. Peak memory is
+and compares 12 x 512 tokens of three texts (texts.py, or each FILE) with BASE. Peak memory is
 that of a process of its own, beyond what it held after importing torch and bitwright. --only keeps
 the rows that contain one of the texts, such as int4-g64, or "int3-g64-asym gptq fast"; without it
 rows of number formats other than integers, and of fixed scales, are there as well.
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from texts import both
+from texts import scored
 
 RUNS = (  # scheme, method, effort, scales where they are not the effort's
     "int4-g64 rtn default",
@@ -79,7 +79,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        texts = a.text or both(Path(folder))
+        texts = a.text or scored(Path(folder))
         for row in RUNS:
             if not any(part in row for part in a.only.split(",")):
                 continue
