@@ -71,8 +71,10 @@ def test_the_profile_tells_where_each_block_went(run):
 
 def test_the_shipped_text_is_named(run):
     done = run("quantize", TINY, "out", *FAST)
-    assert "old English prose" in done.output
-    assert "old English prose" in Path("out/README.md").read_text()
+    assert "windows of old English prose, " in done.output
+    assert "windows of old English prose, " in Path("out/README.md").read_text()
+    books = run("quantize", TINY, "books-out", *FAST, "--calibration", "books")
+    assert "the shipped text books" in books.output
 
 
 def test_json_to_stdout_leaves_nothing_else_there(run):

@@ -50,20 +50,23 @@ def test_the_shipped_texts():
 def test_the_default_says_what_it_is(tokenizer):
     tokens = collect(None, tokenizer, Recipe(), VOCABULARY)
     assert tokens.ids.shape == (128, 512)
-    assert "old English prose in turn with" in tokens.description
+    assert "64 windows of old English prose, 64 of samples of a model, " in tokens.description
     assert "65536 tokens" in tokens.description
     plain = collect("books", tokenizer, Recipe(), VOCABULARY)
-    assert "old English prose (" in plain.description
+    assert "the shipped text books, old English prose (" in plain.description
     whole = tokenise(books(), tokenizer)
     assert np.array_equal(plain.ids, windows(whole, 128, 512, ""))
 
 
 @pytest.mark.parametrize(("samples", "length", "beside"), [(128, 512, 64), (5, 16, 2), (1, 16, 0)])
 def test_mixed_takes_windows_of_both_in_turn(tokenizer, samples, length, beside):
-    found = ids("mixed", tokenizer, samples=samples, length=length)
+    recipe = Recipe(samples=samples, length=length)
+    tokens = collect("mixed", tokenizer, recipe, VOCABULARY)
+    found, what = tokens.ids, tokens.description
     assert np.array_equal(found, ids(None, tokenizer, samples=samples, length=length))
     first = windows(tokenise(books(), tokenizer), samples - beside, length, "")
     assert np.array_equal(found[::2], first)
+    assert (f"{beside} of samples" in what) == bool(beside) == ("text books" not in what)
     if beside:
         second = windows(tokenise(various(), tokenizer), beside, length, "")
         assert np.array_equal(found[1::2], second)
@@ -90,7 +93,7 @@ def test_a_file_goes_before_a_shipped_text_of_its_name(tokenizer, tmp_path, monk
         require_text("bocks")
     with pytest.raises(InputError, match="It was the 0th of the month"):  # the text itself
         require_text("".join(TEXTS))
-    with pytest.raises(InputError, match=r"chat template .* got the shipped text"):
+    with pytest.raises(InputError, match=r"chat template .* got the shipped text mixed"):
         ids("mixed", tokenizer, chat=True)
 
 

@@ -131,7 +131,7 @@ def main() -> None:
     pythons: dict[Any, str | None] = {
         ours: sys.executable, llmcompressor: a.llmcompressor, gptqmodel: a.gptqmodel
     }  # fmt: skip
-    print("| tool | KL mean | perplexity | bits | seconds |\n|---|---|---|---|---|")
+    print("| tool | KL: book, topics, code | perplexity | bits | seconds |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="bitwright-peers-") as scratch:
         folder = Path(scratch)
         ids = folder / "ids.npy"

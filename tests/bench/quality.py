@@ -1,7 +1,7 @@
 """The README's quality table: every method on one checkpoint, in one run.
 
-    python tests/bench/quality.py BASE [--calibration FILE] [--text FILE ...] [--only TEXT,...]
-                                  [--samples 128]
+    python tests/bench/quality.py BASE [--calibration FILE|mixed] [--text FILE ...]
+                                  [--only TEXT,...] [--samples 128]
 
 Each row quantizes BASE with 128 x 512 tokens (the shipped books unless told otherwise)
 and compares 12 x 512 tokens of three texts (texts.py, or each FILE) with BASE. Peak memory is
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--samples", type=int, default=128)
     a = parser.parse_args()
-    print("| scheme, method, effort | KL mean | perplexity | top-1 | bits | seconds | MB |")
+    print("| scheme, method, effort | KL: book, topics, code | ppl | top-1 | bits | seconds | MB |")
     print("|---|---|---|---|---|---|---|")
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:

@@ -6,8 +6,8 @@ text is short. Lists of strings, JSONL lines and data set rows are joined by a b
 treated the same; chats go through the tokenizer's template first. Token ids are taken as they are.
 
 Two texts are shipped: `books`, old English prose, and `mixed`, which is taken where none is given:
-windows of books in turn with those of a text of many kinds, half of them or as many as that has
-without overlap. A file that has such a name goes first.
+windows of books in turn with those of a text of many kinds. These are up to half; fewer where they
+would overlap (31 of 128 windows of 2048 tokens). A file that has such a name goes first.
 
 Tokenizers take some 150 bytes for each character, so they get a text in pieces, cut before a space:
 there the common pre-tokenizers cut too, and the tokens are those of the whole text.
@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import lzma
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -30,11 +29,9 @@ from transformers import AutoTokenizer
 
 from bitwright.spec import InputError, Recipe
 
-SHIPPED = {
-    "mixed": "the shipped texts, old English prose in turn with samples of a model and source code",
-    "books": "the shipped text, old English prose (public domain)",
-}
-DEFAULT = "mixed"
+SHIPPED = ("mixed", "books")
+BOOKS = "the shipped text books, old English prose (public domain)"
+VARIOUS = "samples of a model, source code and documents"
 ROWS_PER_SAMPLE = 64  # rows of a data set read at most, per wanted window
 _ROWS = "[calibration] wanted rows to put into the chat template (JSONL, a data set, strings)"
 PIECE = 1 << 16  # characters tokenised at a time: about 10 MB
@@ -69,22 +66,22 @@ def _shipped(name: str) -> str:
 def shipped_name(source: Any) -> str | None:
     """The name of the shipped text that is meant, None if it is none of them."""
     if source is None:
-        return DEFAULT
+        return SHIPPED[0]
     known = isinstance(source, str | Path) and str(source) in SHIPPED
-    return str(source) if known and not Path(source).is_file() else None
+    return str(source) if known and not Path(source).exists() else None
 
 
 def require_text(source: str | Path) -> None:
     """InputError unless `source` is a file or the name of a shipped text."""
     if shipped_name(source) is not None:
         return
-    with suppress(OSError):  # a name that is too long
+    why = f"no such file, nor the name of a shipped text ({', '.join(SHIPPED)})"
+    try:
         if Path(source).is_file():
             return
-    raise InputError(
-        f"[calibration] could not read the text file {str(source)[:200]}: no such file, nor the "
-        f"name of a shipped text ({', '.join(SHIPPED)})"
-    )
+    except OSError as error:
+        why = str(error.strerror)
+    raise InputError(f"[calibration] could not read the text file {str(source)[:200]}: {why}")
 
 
 def books() -> str:
@@ -112,7 +109,7 @@ def collect(source: Any, tokenizer: Any, recipe: Recipe, vocabulary: int) -> Tok
     if source is not None and are_ids(source):
         ids, what = _given(source, recipe), "given token ids"
     elif name := shipped_name(source):
-        ids, what = _windows_of(name, tokenizer, recipe), SHIPPED[name]
+        ids, what = _windows_of(name, tokenizer, recipe)
     else:
         text, what = _text(source, tokenizer, recipe)
         ids = windows(tokenise(text, tokenizer), recipe.samples, recipe.length, what)
@@ -121,19 +118,20 @@ def collect(source: Any, tokenizer: Any, recipe: Recipe, vocabulary: int) -> Tok
     return Tokens(ids, f"{n} x {length} = {n * length} tokens of {what}")
 
 
-def _windows_of(name: str, tokenizer: Any, recipe: Recipe) -> npt.NDArray[np.int64]:
+def _windows_of(name: str, tokenizer: Any, recipe: Recipe) -> tuple[npt.NDArray[np.int64], str]:
     if recipe.chat:
-        raise InputError(f"{_ROWS}, got the shipped text")
+        raise InputError(f"{_ROWS}, got the shipped text {name}")
     samples, length, beside = recipe.samples, recipe.length, np.empty(0, np.int64)
     if name == "mixed" and samples > 1:
         beside = tokenise(various(), tokenizer)
     count = min(samples // 2, len(beside) // length)
-    ids = windows(tokenise(books(), tokenizer), samples - count, length, SHIPPED["books"])
+    ids = windows(tokenise(books(), tokenizer), samples - count, length, BOOKS)
     if not count:
-        return ids
-    both = np.concatenate([ids, windows(beside, count, length, SHIPPED["mixed"])])
+        return ids, BOOKS
+    both = np.concatenate([ids, windows(beside, count, length, VARIOUS)])
     turns = np.concatenate([(np.arange(n) + 0.5) / n for n in (len(ids), count)])
-    return both[np.argsort(turns, kind="stable")]
+    what = f"the shipped texts: {len(ids)} windows of old English prose, {count} of {VARIOUS}"
+    return both[np.argsort(turns, kind="stable")], what
 
 
 def windows(
