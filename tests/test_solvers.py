@@ -237,6 +237,28 @@ def test_gptq_column_orders() -> None:
     assert order(diagonal, 3, "natural").tolist() == list(range(8))
 
 
+@pytest.mark.parametrize("scheme", ["int3-g16-asym", "int4-tensor", "nvfp4"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_errors_are_worked_out_where_they_are_wanted(
+    name: str, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same result without them; of an H that cannot be factored too."""
+    W, dead = weights(20, 48), hessian(48)
+    dead[5] = dead[:, 5] = 0.0
+    fields = ("error", "error_rtn", "error_swept")
+    for H in (hessian(48), dead, -np.eye(48)):
+        q, report = solve(name, W, H, scheme)
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "quadratic", None)  # who calls it fails
+            patch.setattr(ops, "relative_error", None)
+            alone, bare = solve(name, W, H, scheme, errors=False)
+        assert same(q, alone)
+        assert all(np.isnan(getattr(bare, x)) for x in fields if getattr(report, x) is not None)
+        kept = {x: getattr(report, x) for x in fields}
+        assert dataclasses.replace(bare, **kept) == report
+        assert np.isfinite([x for x in kept.values() if x is not None]).all()
+
+
 @pytest.mark.parametrize(
     "kind", [np.float32, np.float64, np.float16, torch.float32, torch.bfloat16]
 )
@@ -253,6 +275,7 @@ def test_quantize_matrix_takes_numpy_and_torch(kind: Any) -> None:
     want, _ = solve("gptq", np.ascontiguousarray(W), np.asarray(H, np.float64), "int4-g16")
     assert same(q, want)
     assert (report.method, report.tokens) == ("gptq", 200)
+    assert same(quantize_matrix(given, H, "int4-g16"), want)
     assert same(quantize_matrix(given), plain(np.ascontiguousarray(W), schemes.parse("int4-g64")))
 
 

@@ -5,7 +5,8 @@ python tests/bench/peers.py [--k 4096 2048] [--threads 1 2] [--rounds 2]
 
 The same W and the same inputs for all, 4 bits in groups of 128, symmetric, each solver as its
 library would run it: factorisation included, statistics and the choice of scales too where they are
-part of its solve (ours, GPTQModel), llm-compressor on absmax scales made before. Each runs in a
+part of its solve (ours, GPTQModel), llm-compressor on absmax scales made before. "with errors": as
+in a run, whose report compares each matrix with plain rounding; the others do not. Each runs in a
 process of the interpreter that has it, in turn, `rounds` times; the least seconds count. Printed
 beside the time is the layer's error, tr(E H E^T) / tr(W H W^T) in float64, so that nobody wins by
 doing less. An interpreter that is not given, or lacks the library, is a line that says so.
@@ -37,7 +38,9 @@ def draw(k: int, folder: Path) -> None:
     np.save(folder / "W.npy", (0.02 * rng.standard_t(5, (k, k))).astype(np.float32))
 
 
-def ours(W: np.ndarray, X: np.ndarray, threads: int, effort: str) -> tuple[float, np.ndarray]:
+def ours(
+    W: np.ndarray, X: np.ndarray, threads: int, effort: str, *, errors: bool = False
+) -> tuple[float, np.ndarray]:
     from bitwright import ops, schemes
     from bitwright.calib.stats import StatsCollector
     from bitwright.solvers import gptq
@@ -47,7 +50,7 @@ def ours(W: np.ndarray, X: np.ndarray, threads: int, effort: str) -> tuple[float
     scheme = schemes.parse(f"int4-g{GROUP}")
     begin = time.perf_counter()
     prepared = gptq.prepare(stats, scheme, damping=DAMPING)
-    q, _ = gptq.solve(W, stats, scheme, prepared=prepared, **gptq.EFFORTS[effort])
+    q, _ = gptq.solve(W, stats, scheme, prepared=prepared, errors=errors, **gptq.EFFORTS[effort])
     return time.perf_counter() - begin, q.dequantize()
 
 
@@ -101,10 +104,12 @@ def gptqmodel(W: np.ndarray, X: np.ndarray, threads: int) -> tuple[float, np.nda
 
 SOLVERS = {
     "bitwright fast": lambda *problem: ours(*problem, "fast"),
+    "fast with errors": lambda *problem: ours(*problem, "fast", errors=True),
     "bitwright default": lambda *problem: ours(*problem, "default"),
     "llm-compressor": llmcompressor,
     "GPTQModel": gptqmodel,
 }
+PEERS = ("llm-compressor", "GPTQModel")
 
 
 def work(who: str, folder: Path, threads: int) -> None:
@@ -164,8 +169,8 @@ def main() -> None:
     if a.work:
         work(a.work[0], Path(a.work[1]), int(a.work[2]))
         return
-    pythons = dict.fromkeys(("bitwright fast", "bitwright default"), sys.executable)
-    for who, python in (("llm-compressor", a.llmcompressor), ("GPTQModel", a.gptqmodel)):
+    pythons = dict.fromkeys([name for name in SOLVERS if name not in PEERS], sys.executable)
+    for who, python in zip(PEERS, (a.llmcompressor, a.gptqmodel), strict=True):
         if python:
             pythons[who] = python
         else:

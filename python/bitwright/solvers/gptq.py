@@ -168,6 +168,7 @@ class _Options:
     negative: bool
     whole: F32  # the matrix whose range sets the scale of a tensor scheme
     metric: F64 | None  # of the rows of each head
+    errors: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,11 +176,11 @@ class _Part:
     """A solved block of rows; sizes are tr(. H .^T). swept: None where rows were solved in turn."""
 
     q: QTensor
-    size: float
-    plain: float
     swept: float | None
     final: float
-    alpha: float | None = None
+    alpha: float | None
+    size: float
+    plain: float
 
 
 def _steps(W: F32, H: F64, scheme: Scheme) -> F32 | None:
@@ -225,8 +226,11 @@ def _sweep(W: F32, H: F64, p: Factored, scheme: Scheme, o: _Options) -> tuple[QT
     return ops.gptq(W, p.factor, p.order, *static, scheme, whole, steps)
 
 
-def _error(W: F32, q: QTensor, loss: F64, p: Factored, H: F64) -> float:
-    """tr(E H E^T) from the loss under H + damping, less what the damping added to it."""
+def _error(W: F32, q: QTensor, loss: F64, p: Factored, H: F64, o: _Options) -> float:
+    """tr(E H E^T) from the loss under H + damping, less what the damping added to it; NaN, as all
+    errors, where they are not asked for."""
+    if not o.errors:
+        return math.nan
     E = W - ops.decode(q)
     if p.dead.any():
         return ops.quadratic(E, H)
@@ -243,21 +247,23 @@ def _solve_rows(
         steps = _steps(W, H, scheme)
         static = _static_scales(W, H, scheme, replace(o, scales="hessian"), steps)
         q = ops.encode(W, *static, scheme, ops.global_scale(o.whole, scheme), steps)
-        rounded = ops.quadratic(W - ops.decode(q), H)
-        return _Part(q, *_compared_with(W, H, scheme), rounded, rounded)
+        rounded = ops.quadratic(W - ops.decode(q), H) if o.errors else math.nan
+        return _Part(q, rounded, rounded, None, *_compared_with(W, H, scheme, o))
     target, alpha = (W, None) if drift is None else target_of(W, drift, p, o.alpha)
     drift = None
     if o.metric is not None:
         q = heads.coupled(target, o.metric, lambda rows: _rounded(rows, H, p, scheme, o)[0])
-        final = ops.quadratic(target - ops.decode(q), H)
-        return _Part(q, *_compared_with(W, H, scheme), None, final, alpha)
+        final = ops.quadratic(target - ops.decode(q), H) if o.errors else math.nan
+        return _Part(q, None, final, alpha, *_compared_with(W, H, scheme, o))
     q, swept, final = _rounded(target, H, p, scheme, o)
     del target
-    return _Part(q, *_compared_with(W, H, scheme), swept, final, alpha)
+    return _Part(q, swept, final, alpha, *_compared_with(W, H, scheme, o))
 
 
-def _compared_with(W: F32, H: F64, scheme: Scheme) -> tuple[float, float]:
+def _compared_with(W: F32, H: F64, scheme: Scheme, o: _Options) -> tuple[float, float]:
     """tr(W H W^T), and what plain rounding would have cost."""
+    if not o.errors:
+        return math.nan, math.nan
     rounded = ops.encode(W, *ops.fit(W, scheme), scheme)
     return ops.quadratic(W, H), ops.quadratic(W - ops.decode(rounded), H)
 
@@ -267,16 +273,16 @@ def _rounded(
 ) -> tuple[QTensor, float, float]:
     """Rows swept and refined; their error after each."""
     q, loss = _sweep(target, H, p, scheme, o)
-    swept = final = _error(target, q, loss, p, H)
+    swept = final = _error(target, q, loss, p, H, o)
     pattern = o.refine.replace("l", "") if scheme.group == -1 else o.refine
     if pattern:
         q, loss = ops.refine(target, H, q, p.added, p.dead, pattern=pattern)
-        final = _error(target, q, loss, p, H)
+        final = _error(target, q, loss, p, H, o)
     return q, swept, final
 
 
 def _share(part: float, size: float) -> float:
-    return part / size if size > 0 else 0.0
+    return 0.0 if size <= 0 else part / size
 
 
 def solve(
@@ -299,11 +305,13 @@ def solve(
     last: bool = False,
     coupled: bool = False,
     metric: F64 | None = None,
+    errors: bool = True,
 ) -> tuple[QTensor, Report]:
     """W float32 (n, k) rounded with error feedback under stats.H: (k, k), or (B, k, k) for B equal
     blocks of rows. whole: the matrix of which W is a part, where it is. last: no other matrix asks
     for the drift in `stats`, which goes as soon as it has served. metric: (heads, d, d) for W of
-    heads of d rows, used where `coupled`. Options: see above."""
+    heads of d rows, used where `coupled`. errors: whether those of the report are wanted, half the
+    time of a "fast" solve; else they are NaN. Options: see above."""
     H = _hessians(stats)
     if len(W) % len(H):
         raise InputError(f"[gptq] wanted rows for {len(H)} equal blocks, got {len(W)}")
@@ -314,7 +322,7 @@ def solve(
     check({**wishes, "residual": residual})
     share = share_of_drift(alpha)
     M = metric if coupled and len(H) == 1 else None
-    o = _Options(order, scales, refine, share, negative, W if whole is None else whole, M)
+    o = _Options(order, scales, refine, share, negative, W if whole is None else whole, M, errors)
     pull = residual_of(residual, scheme.bits)
     drifts: list[Drifts | None] = [None] * len(H)
     if alpha or (pull and stats.D is not None):

@@ -9,6 +9,7 @@ Limits: errors are not fed back; below 4 bit it collapses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,15 +47,20 @@ def solve(
     *,
     prepared: None = None,  # noqa: ARG001
     scales: str = "minmax",
+    errors: bool = True,
 ) -> tuple[QTensor, Report]:
-    """W float32 (n, k) rounded to nearest; scales "minmax", "mse" or "clip"."""
+    """W float32 (n, k) rounded to nearest; scales "minmax", "mse" or "clip". errors: whether
+    those of the report are wanted; else they are NaN."""
     check({"scales": scales})
     if scales == "clip" and not scheme.plain:
         raise InputError(f"[rtn] scales clip want a plain integer scheme, got {scheme.name}")
     H = None if stats is None else stats.H
-    plain = ops.encode(W, *ops.fit(W, scheme), scheme)
-    q = plain if scales == "minmax" else ops.encode(W, *_scales(W, H, scheme, scales), scheme)
-    error_rtn = ops.relative_error(W, plain, H)
+    minmax = scales == "minmax"
+    q = ops.encode(W, *(ops.fit(W, scheme) if minmax else _scales(W, H, scheme, scales)), scheme)
+    error = ops.relative_error(W, q, H) if errors else math.nan
+    error_rtn = error
+    if errors and not minmax:
+        error_rtn = ops.relative_error(W, ops.encode(W, *ops.fit(W, scheme), scheme), H)
     report = Report(
         name="",
         shape=q.shape,
@@ -62,7 +68,7 @@ def solve(
         method="rtn",
         bits_per_weight=scheme.bits_per_weight(*q.shape),
         error_rtn=error_rtn,
-        error=error_rtn if q is plain else ops.relative_error(W, q, H),
+        error=error,
         tokens=0 if stats is None else stats.tokens,
     )
     return q, report
