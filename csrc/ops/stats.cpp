@@ -92,7 +92,8 @@ void fill_panels(In<T> x, bool bf16, Index first, Index rows, typename Layout::W
 }
 
 // h[row0 .. row1) of one column panel += left^T right; both are panels. What the chains reach after
-// kDepth rows waits in c, so that the right operand stays in L1; h is fetched meanwhile.
+// kDepth rows waits in c, so that the right operand stays in L1; h is fetched meanwhile, up to the
+// line of the last entry: NumPy's arrays do not begin on one.
 template <class Layout>
 void add_tiles(const typename Layout::Word* left, const typename Layout::Word* right, Index depth,
                Index row0, Index row1, Index panel, float* c, Ahead& ahead, Out<double> h) {
@@ -106,8 +107,8 @@ void add_tiles(const typename Layout::Word* left, const typename Layout::Word* r
   for (Index p = 0; p < depth; p += kDepth)
     for (Index i = row0; i < row1; i += mr) {
       for (++tile; fetched * tiles < tile * rows; ++fetched)
-        for (Index j = 0; j < width; j += 8)
-          __builtin_prefetch(&h(row0 + fetched, column + j), 1, 2);
+        for (Index j = 0; j < width + 7; j += 8)
+          __builtin_prefetch(&h(row0 + fetched, column + std::min(j, width - 1)), 1, 2);
       ahead.step();
       Layout::tile(
           std::min(kDepth, depth - p), left + i / nr * depth * nr + i % nr * across + p * along,
