@@ -27,7 +27,8 @@ inline void each_turned(Index rows, Index columns, const F& f, const Ahead& ahea
   for (Index first = 0; first < columns; first += kTurned)
     for (Index lane = 0; lane < rows; ++lane) {
       const Index end = std::min(columns, first + kTurned), next = std::min(columns, end + kTurned);
-      for (Index p = end; p < next; p += 16) __builtin_prefetch(ahead(lane, p));
+      for (Index p = end; p < next; p += 16)
+        __builtin_prefetch(ahead(lane, std::min(p + 15, next - 1)));
       for (Index p = first; p < end; ++p) f(lane, p, p * nr + lane);
     }
 }
