@@ -151,6 +151,18 @@ const Table& table() {
   return chosen;
 }
 
+int chain_columns() {
+#if defined(__x86_64__)
+  static const bool halves = [] {
+    __builtin_cpu_init();
+    return table().nr_f32 == 48 && __builtin_cpu_is("amdfam19h");
+  }();
+  return halves ? 512 : 128;
+#else
+  return 128;
+#endif
+}
+
 std::vector<std::string> levels() {
   std::vector<std::string> names;
   for (const Table* table : usable()) names.emplace_back(table->isa);

@@ -124,12 +124,13 @@ class Cholesky {
 
   // What the finished columns contribute to a block's, a chain after the other for all panels.
   void update(Index begin, Index end, Index first) {
-    for (Index c = 0; c < first; c += kChain)
+    const Index chain = chain_columns();
+    for (Index c = 0; c < first; c += chain)
       for (Index panel = begin; panel < end; ++panel) {
         const bool last = panel + 1 == end;
-        add(panel, c, std::min(c + kChain, first), first,
+        add(panel, c, std::min(c + chain, first), first,
             std::min(block_, (panel + 1) * nr_ - first),
-            at_(last ? begin : panel + 1, last ? std::min(c + kChain, first) : c));
+            at_(last ? begin : panel + 1, last ? std::min(c + chain, first) : c));
       }
   }
 

@@ -17,7 +17,6 @@
 namespace bitwright {
 
 inline constexpr Index kTurned = 64;  // columns of a panel that are transposed at a time, in L1
-inline constexpr Index kChain = 128;  // columns of a tile call: its right operand stays in L1
 
 // f(row, column, panel entry) for `rows` rows and `columns` columns of a panel [column][nr], in an
 // order that suits both; `ahead`: the address of an entry, whose next columns are fetched.
@@ -43,7 +42,8 @@ inline void load_panel(In<float> w, Index row, Index column, Index columns, floa
 }
 
 // A matrix as left operand of the tile: slices of mr columns, zero past the end, cut into parts of
-// kChain rows, [part][slice][row][mr], so that what a pass over a part reads lies together.
+// chain_columns() rows, [part][slice][row][mr], so that what a pass over a part reads lies
+// together.
 class LeftSlices {
  public:
   // at(p, i): the matrix, in memory one after the other along i, or turned, along p. room: where
@@ -51,11 +51,12 @@ class LeftSlices {
   template <class At>
   LeftSlices(Index rows, Index columns, const At& at, bool turned = false, float* room = nullptr)
       : mr_(table().mr_f32),
+        chain_(chain_columns()),
         rows_(rows),
         slices_(ceil_div(columns, mr_)),
         own_(room == nullptr ? floats(rows, columns) : 0),
         data_(room == nullptr ? own_.get() : room) {
-    const Index band = turned ? kChain : 16;  // rows at a time, as they lie in memory
+    const Index band = turned ? chain_ : 16;  // rows at a time, as they lie in memory
     parallel_for(ceil_div(rows, band), [&](Index task) {
       const Index first = task * band, end = std::min(rows, first + band);
       for (Index s = 0; s < slices_; ++s) {
@@ -81,7 +82,7 @@ class LeftSlices {
   void add(Index s, Index from, Index to, const float* right, float* c) const {
     const Index nr = table().nr_f32;
     while (from < to) {
-      const Index end = std::min(to, (from / kChain + 1) * kChain);
+      const Index end = std::min(to, (from / chain_ + 1) * chain_);
       table().tile_f32(end - from, data_ + offset(from, s), mr_, right, c, nr);
       right += (end - from) * nr;
       from = end;
@@ -90,11 +91,11 @@ class LeftSlices {
 
  private:
   Index offset(Index p, Index s) const {
-    const Index part = p / kChain * kChain;
-    return (part * slices_ + s * std::min(kChain, rows_ - part) + p - part) * mr_;
+    const Index part = p / chain_ * chain_;
+    return (part * slices_ + s * std::min(chain_, rows_ - part) + p - part) * mr_;
   }
 
-  Index mr_, rows_, slices_;
+  Index mr_, chain_, rows_, slices_;
   Buffer<float> own_;
   float* data_;
 };
@@ -112,11 +113,11 @@ inline Index panels_of_task(Index panels, Index most) {
 template <class Right, class C>
 inline void multiply(const LeftSlices& left, Index k, Index panels, Index first, const Right& right,
                      const C& c) {
-  const Index nr = table().nr_f32, mr = left.mr();
-  for (Index p = 0; p < k; p += kChain)
+  const Index nr = table().nr_f32, mr = left.mr(), chain = chain_columns();
+  for (Index p = 0; p < k; p += chain)
     for (Index panel = 0; panel < panels; ++panel)
       for (Index s = std::max<Index>(p - first, 0) / mr; s < left.slices(); ++s)
-        left.add(s, p, std::min({p + kChain, k, first + (s + 1) * mr}), right(panel) + p * nr,
+        left.add(s, p, std::min({p + chain, k, first + (s + 1) * mr}), right(panel) + p * nr,
                  c(panel) + s * mr * nr);
 }
 

@@ -16,7 +16,6 @@ namespace bitwright {
 namespace {
 
 constexpr Index kChunk = 512;
-constexpr Index kDepth = 128;        // of it at a time: a right operand in half of L1
 constexpr Index kPanelsPerTask = 8;  // right operands of a task: about L2
 constexpr Index kRowsPerTask = 96;   // a multiple of every mr
 constexpr Index kFillRows = 16;      // packed at a time; even, for pairs
@@ -92,7 +91,7 @@ void fill_panels(In<T> x, bool bf16, Index first, Index rows, typename Layout::W
 }
 
 // h[row0 .. row1) of one column panel += left^T right; both are panels. What the chains reach after
-// kDepth rows waits in c, so that the right operand stays in L1; h is fetched meanwhile, up to the
+// chain_columns() rows waits in c; h is fetched meanwhile, up to the
 // line of the last entry: NumPy's arrays do not begin on one.
 template <class Layout>
 void add_tiles(const typename Layout::Word* left, const typename Layout::Word* right, Index depth,
@@ -101,17 +100,17 @@ void add_tiles(const typename Layout::Word* left, const typename Layout::Word* r
   const Index across = Layout::by_row() ? depth : 1, along = Layout::by_row() ? 1 : nr;
   const Index width = std::min(nr, h.cols() - column);
   const Index rows = std::min(ceil_div(row1 - row0, mr) * mr, h.rows() - row0);
-  const Index tiles = ceil_div(depth, kDepth) * ceil_div(row1 - row0, mr);
+  const Index step = chain_columns(), tiles = ceil_div(depth, step) * ceil_div(row1 - row0, mr);
   Index tile = 0, fetched = 0;
   std::fill(c, c + kRowsPerTask * nr, 0.0F);
-  for (Index p = 0; p < depth; p += kDepth)
+  for (Index p = 0; p < depth; p += step)
     for (Index i = row0; i < row1; i += mr) {
       for (++tile; fetched * tiles < tile * rows; ++fetched)
         for (Index j = 0; j < width + 7; j += 8)
           __builtin_prefetch(&h(row0 + fetched, column + std::min(j, width - 1)), 1, 2);
       ahead.step();
       Layout::tile(
-          std::min(kDepth, depth - p), left + i / nr * depth * nr + i % nr * across + p * along,
+          std::min(step, depth - p), left + i / nr * depth * nr + i % nr * across + p * along,
           Layout::by_row() ? depth : nr, right + (panel * depth + p) * nr, c + (i - row0) * nr);
     }
   if (rows > 0) table().widen_add(rows, width, c, nr, &h(row0, column), h.outerStride());
@@ -183,7 +182,7 @@ void add_products(const Change<T>* change, In<T> x, bool bf16, Out<double> h) {
           std::min(row0 / nr + kRowsPerTask / nr * thread_count().load(), left_panels);
       const Index size = std::min(kRowsPerTask / nr, left_panels - next) * depth * nr;
       const Index steps =
-          (panel1 - panel0) * ceil_div(depth, kDepth) * (row1 - row0) / Layout::mr();
+          (panel1 - panel0) * ceil_div(depth, chain_columns()) * (row1 - row0) / Layout::mr();
       Ahead ahead(other + next * depth * nr, size, steps);
       Buffer<float> c(kRowsPerTask * nr);
       for (Index p = panel0; p < panel1; ++p)
