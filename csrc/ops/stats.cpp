@@ -102,18 +102,21 @@ void add_tiles(const typename Layout::Word* left, const typename Layout::Word* r
   const Index rows = std::min(ceil_div(row1 - row0, mr) * mr, h.rows() - row0);
   const Index step = chain_columns(), tiles = ceil_div(depth, step) * ceil_div(row1 - row0, mr);
   Index tile = 0, fetched = 0;
-  std::fill(c, c + kRowsPerTask * nr, 0.0F);
   for (Index p = 0; p < depth; p += step)
     for (Index i = row0; i < row1; i += mr) {
       for (++tile; fetched * tiles < tile * rows; ++fetched)
         for (Index j = 0; j < width + 7; j += 8)
           __builtin_prefetch(&h(row0 + fetched, column + std::min(j, width - 1)), 1, 2);
+      float* sums = c + (i - row0) * nr;
+      if (p == 0) std::fill(sums, sums + mr * nr, 0.0F);
       ahead.step();
-      Layout::tile(
-          std::min(step, depth - p), left + i / nr * depth * nr + i % nr * across + p * along,
-          Layout::by_row() ? depth : nr, right + (panel * depth + p) * nr, c + (i - row0) * nr);
+      Layout::tile(std::min(step, depth - p),
+                   left + i / nr * depth * nr + i % nr * across + p * along,
+                   Layout::by_row() ? depth : nr, right + (panel * depth + p) * nr, sums);
+      if (p + step < depth || i >= h.rows()) continue;
+      table().widen_add(std::min(mr, h.rows() - i), width, sums, nr, &h(i, column),
+                        h.outerStride());
     }
-  if (rows > 0) table().widen_add(rows, width, c, nr, &h(row0, column), h.outerStride());
 }
 
 // left[i] -= right[i] over a chunk's panels.
