@@ -70,9 +70,10 @@ struct Pairs {
     for (Index t = 0; t < rows; t += 2, to += nr) {
       const std::uint16_t* low = x.data() + (first + t) * x.outerStride() + begin;
       const std::uint16_t* high = low + x.outerStride();
-      const bool both = t + 1 < rows;
-      for (Index j = 0; j < width; ++j)
-        to[j] = low[j] | (both ? static_cast<std::uint32_t>(high[j]) << 16 : 0U);
+      if (t + 1 < rows)
+        table().pair_words(width, low, high, to);
+      else
+        std::copy(low, low + width, to);
       std::fill(to + width, to + nr, 0U);
     }
   }
@@ -241,16 +242,28 @@ void column_stats(In<T> x, bool bf16, OutVec<double> absolute, OutVec<float> abs
           "[column_stats] absolute, abs_max, minimum and maximum must have ", k,
           " entries to match X (", x.rows(), " x ", k, "), got ", absolute.size(), ", ",
           abs_max.size(), ", ", minimum.size(), " and ", maximum.size());
-  constexpr Index kColumns = 1024;
-  parallel_for(ceil_div(k, kColumns), [&](Index task) {
-    const Index begin = task * kColumns, width = std::min(kColumns, k - begin);
-    Buffer<float> row(width);
+  constexpr Index kColumns = 1024, kLine = 64;  // of a task, at most; a multiple of it
+  const Index share = ceil_div(ceil_div(k, thread_count().load()), kLine) * kLine;
+  const Index columns = std::min(kColumns, share);
+  parallel_for(ceil_div(k, columns), [&](Index task) {
+    const Index begin = task * columns, width = std::min(columns, k - begin);
     const ColumnSums sums = {absolute.data() + begin, abs_max.data() + begin,
                              minimum.data() + begin, maximum.data() + begin};
-    for (Index t = 0; t < x.rows(); ++t) {
-      const T* from = x.data() + t * x.outerStride() + begin;
-      for (Index j = 0; j < width; ++j) row[j] = Widen::one(from[j], bf16);
-      table().column_sums(1, width, row.get(), sums);
+    const T* from = x.data() + begin;
+    if constexpr (std::is_same_v<T, float>) {
+      table().column_sums(x.rows(), width, from, x.outerStride(), sums);
+    } else {
+      Buffer<float> wide(kFillRows * width);
+      for (Index first = 0; first < x.rows(); first += kFillRows) {
+        const Index rows = std::min(kFillRows, x.rows() - first);
+        for (Index t = 0; t < rows; ++t, from += x.outerStride()) {
+          if (bf16)
+            table().widen_bf16(width, from, wide + t * width);
+          else
+            std::transform(from, from + width, wide + t * width, from_fp16);
+        }
+        table().column_sums(rows, width, wide.get(), width, sums);
+      }
     }
   });
 }
