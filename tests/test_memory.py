@@ -53,13 +53,14 @@ import json, sys
 import numpy as np
 import bitwright
 from bitwright import pipeline, plan
+from bitwright.calib.memory import resident_bytes
 base, out, method, samples, memory = sys.argv[1:]
 plans, make = [], plan.make_for
 plan.make_for = lambda *a, **k: plans.append(make(*a, **k)) or plans[-1]
 ids = np.random.default_rng(0).integers(0, 2048, (int(samples), 128))
 bitwright.quantize(base, out=out, method=method, calibration=ids, memory=int(memory) or None,
                    dtype="float32", overwrite=True)
-print(json.dumps([plans[0].ram_bytes, plan.resident_bytes(peak=True), plans[0].rerun]))
+print(json.dumps([plans[0].ram_bytes, resident_bytes(peak=True), plans[0].rerun]))
 """
 
 

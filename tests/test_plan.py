@@ -12,6 +12,7 @@ import transformers
 import tiny_models
 from bitwright import plan, trial
 from bitwright import recipe as recipes
+from bitwright.calib import memory
 from bitwright.demo import embedded_model
 from bitwright.job import open_job, outline_job
 from bitwright.sizes import Sizes
@@ -282,3 +283,25 @@ def test_wider_is_longer(tmp_path):
     assert (found.factor, found.once) == (larger**3, 0.5 * larger**2)
     steep = 2 * (0.25 - 0.1875)
     assert found.row == pytest.approx(larger * (0.25 - steep) + larger**2 * steep)
+
+
+def test_freed_pages_are_given_back_above_the_ceiling(monkeypatch):
+    given = []
+    monkeypatch.setattr(memory, "trim", lambda: given.append(True))
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 100)
+    for ceiling, trims in ((0, True), (-5, True), (99, True), (100, False), (101, False)):
+        memory.Heap(ceiling).trim()
+        assert given == [True] * trims, ceiling
+        given.clear()
+
+
+@pytest.mark.parametrize("rerun", [False, True])
+def test_up_to_the_ceiling_a_run_may_keep_holes(rerun):
+    """Above it the plan's peak has room for all that comes and goes."""
+    job = open_job(embedded_model(), Recipe(samples=8, length=64))
+    made, sizes = plan.make_for(job, memory=1 if rerun else None, timed=False), Sizes(job)
+    assert made.rerun == rerun
+    assert made.ram_passing == max(sizes.passing(rerun).values()) > 0
+    ceiling = made.ram_bytes - made.ram_passing
+    holes = 0 if rerun else memory.hole_bytes(job.arch, sizes.shape, sizes.batch, sizes.item)
+    assert ceiling >= made.ram_base + sizes.weights() + holes

@@ -23,8 +23,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bitwright import ops, pipeline, plan, registry
+from bitwright import ops, pipeline, registry
 from bitwright import recipe as recipes
+from bitwright.calib.memory import resident_bytes
 from bitwright.calib.skeleton import ForwardDtype, as_tensor
 from bitwright.calib.stats import StatsCollector
 from bitwright.export import MAX_SHARD_SIZE
@@ -180,7 +181,7 @@ def _plain(module: nn.Module, recipe: Recipe, calibration: Any, strict: bool) ->
         isa=ops.isa(),
         threads=ops.threads(),
         seconds={"total": time.perf_counter() - begin},
-        peak_rss=plan.resident_bytes(peak=True),
+        peak_rss=resident_bytes(peak=True),
     )
     if strict:
         report.raise_if_strict()

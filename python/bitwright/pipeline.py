@@ -30,7 +30,7 @@ from bitwright.calib import device as devices
 from bitwright.calib import precision
 from bitwright.calib.capture import Capture, Streams
 from bitwright.calib.data import Tokens, are_ids, collect, load_tokenizer, require_text
-from bitwright.calib.memory import trim
+from bitwright.calib.memory import Heap, resident_bytes, trim
 from bitwright.calib.skeleton import ForwardDtype, as_tensor
 from bitwright.calib.stats import StatsCollector
 from bitwright.clock import Clock
@@ -56,8 +56,9 @@ from bitwright.spool import Finished, Spool, asarrays
 class _Run:
     """One run over an opened job."""
 
-    def __init__(self, job: Job, spool: Spool, progress: Progress, rerun: bool) -> None:
-        self.job, self.spool, self.progress, self.rerun = job, spool, progress, rerun
+    def __init__(self, job: Job, spool: Spool, progress: Progress, planned: plan.Plan) -> None:
+        self.job, self.spool, self.progress, self.rerun = job, spool, progress, planned.rerun
+        self.heap = Heap(planned.ram_bytes - planned.ram_passing)
         self.clock = Clock(partial(devices.settle, job.device))
         job.checkpoint.reading = partial(self.clock.phase, "read")
         self.notes: list[str] = []
@@ -84,7 +85,12 @@ class _Run:
         skeleton = self.job.skeleton
         first, hidden = self._inputs(ids)
         capture = Capture(
-            skeleton, self.job.arch, partial(_Collector, self), self.job.mix, self.job.sums
+            skeleton,
+            self.job.arch,
+            partial(_Collector, self),
+            self.job.mix,
+            self.job.sums,
+            self.heap,
         )
         capture.recall(self.spool.notes())
         stages = capture.stages(first)
@@ -212,7 +218,7 @@ def _report(job: Job, run: _Run, tokens: Tokens | None, begin: float) -> RunRepo
         gram_dtype="" if tokens is None else job.gram_dtype,
         seconds={**run.clock.seconds, "total": time.perf_counter() - begin},
         blocks=tuple(run.clock.blocks),
-        peak_rss=plan.resident_bytes(peak=True),
+        peak_rss=resident_bytes(peak=True),
         peak_device=devices.peak_bytes(job.device),
     )
 
@@ -276,7 +282,7 @@ def quantize(
     ):
         tokens = _tokens(job, calibration)
         devices.peak_bytes(job.device, forget=True)
-        run = _Run(job, spool, progress, plan.make_for(job, memory, timed=False).rerun)
+        run = _Run(job, spool, progress, plan.make_for(job, memory, timed=False))
         with run.clock.phase("read"):
             spool.start(fingerprint(job, None if tokens is None else tokens.ids))
         if tokens is None:
@@ -322,7 +328,7 @@ def _write(
     def finish(folder: Path) -> None:
         now = time.perf_counter()
         seconds = dict(report.seconds) | {"write": now - since, "total": now - begin}
-        done = replace(report, seconds=seconds, peak_rss=plan.resident_bytes(peak=True))
+        done = replace(report, seconds=seconds, peak_rss=resident_bytes(peak=True))
         finished.append(done)
         papers.write(folder, done, out)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from bitwright import cgroup
 from bitwright.calib import device as devices
-from bitwright.calib.memory import trim
+from bitwright.calib.memory import resident_bytes, trim
 from bitwright.estimate import Estimate
 from bitwright.files.checkpoint import without_weights
 from bitwright.job import Job, open_job, outline_job
@@ -40,8 +40,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """ram_bytes: peak resident memory, ram_base of it held already; ram: of each stage, block: of a
-    block at each of its groups, beside that. disk_bytes: output and work folder together. parts:
+    """ram_bytes: peak resident memory, ram_base of it held already, ram_passing what comes and goes
+    within a block; ram: of each stage, block: of a block at each of its groups, beside what is held
+    already. disk_bytes: output and work folder together. parts:
     seconds by phase (clock.py). rerun: blocks run again for each group, because the parked
     activations do not fit. device: what runs the forward and the sums, device_bytes: memory that
     it takes there, 0 for the CPU.
@@ -51,6 +52,7 @@ class Plan:
     tokens: int
     ram_bytes: int
     ram_base: int
+    ram_passing: int
     ram: Mapping[str, int]
     block: Mapping[str, int]
     disk_bytes: int
@@ -64,16 +66,6 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def resident_bytes(peak: bool = False) -> int:
-    """Resident memory of this process now, or its highest so far (VmRSS, VmHWM)."""
-    key = "VmHWM:" if peak else "VmRSS:"
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(key)), 0)
 
 
 def free_bytes() -> int:
@@ -133,6 +125,7 @@ def make_for(job: Job, memory: int | None = None, timed: bool = True) -> Plan:
         sizes.tokens,
         peak,
         base,
+        max(sizes.passing(rerun).values()) if sizes.tokens else 0,
         stages,
         sizes.groups(rerun) if sizes.tokens else {},
         sizes.disk(),

@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from bitwright.calib.memory import parked_bytes, working_bytes
+from bitwright.calib.memory import hole_bytes, parked_bytes, working_bytes
 from bitwright.job import Job
 from bitwright.recipe import solver_of, solver_options
 from bitwright.spec import Group
@@ -122,16 +122,33 @@ class Sizes:
             largest = self.weights() // (2 if self.job.compare else 1)
             solving = {group.label: self.solving(group) for group in self.job.arch.groups}
             return {label: self.stream + largest + most for label, most in solving.items()}
+        held, passing = self.weights(), self.passing(rerun)
+        if rerun:
+            return {label: held + self.stream + size for label, size in passing.items()}
+        held, parked = held + self._holes(), self._parked(rerun)
+        return {label: held + parked[label] + size for label, size in passing.items()}
+
+    def _holes(self) -> int:
+        return hole_bytes(self.job.arch, self.shape, self.batch, self.item)
+
+    def _parked(self, rerun: bool) -> dict[str, int]:
+        """Activations that wait at a group: of all batches, or of one."""
         arch, tokens = self.job.arch, self.batch if rerun else self.tokens
         parked = parked_bytes(arch, self.shape, tokens, self.item)
+        return {
+            group.label: int(self.streams * parked[group.linears[0].name]) for group in arch.groups
+        }
+
+    def passing(self, rerun: bool) -> dict[str, int]:
+        """What comes and goes at each group of a block: a batch at work beside the sums, the solve
+        after that. Holes of the heap come and go too where blocks run again."""
+        arch, parked = self.job.arch, self._parked(rerun)
         working = working_bytes(arch, self.shape, self.batch, self.item) + self._scores()
+        working += self._holes() if rerun else 0
         found = {}
         for group in arch.groups:
-            there = int(self.streams * parked[group.linears[0].name])
-            held = self.weights() + (self.stream if rerun else there)
-            arriving = working + (there if rerun else 0)  # and gone when the group is solved
-            most = max(self._summing(group) + arriving, self.solving(group))
-            found[group.label] = held + most
+            arriving = working + (parked[group.label] if rerun else 0)
+            found[group.label] = max(self._summing(group) + arriving, self.solving(group))
         return found
 
     def on_device(self, rerun: bool) -> int:
@@ -139,6 +156,7 @@ class Sizes:
         arch, tokens = self.job.arch, self.batch if rerun else self.tokens
         parked = parked_bytes(arch, self.shape, tokens, self.item)
         working = working_bytes(arch, self.shape, self.batch, self.item) + self._scores()
+        working += self._holes()
         held = [
             int(self.streams * parked[group.linears[0].name])
             + sum(self.sums(group))

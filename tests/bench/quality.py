@@ -49,9 +49,10 @@ RUNS = (  # scheme, method, effort, scales where they are not the effort's
 def one(base: str, row: str, samples: int, calibration: str, texts: Any) -> Any:
     """Scores on each text, seconds and bytes of one row."""
     import bitwright  # noqa: PLC0415  in a process of its own
-    from bitwright import module, plan  # noqa: PLC0415
+    from bitwright import module  # noqa: PLC0415
+    from bitwright.calib.memory import resident_bytes  # noqa: PLC0415
 
-    held = plan.resident_bytes()
+    held = resident_bytes()
     scratch = Path(tempfile.mkdtemp())
     try:
         scheme, method, effort, *scales = row.split()

@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 
 from bitwright import ops, recipe, schemes
+from bitwright.calib.memory import resident_bytes
 from bitwright.job import outline_job
-from bitwright.plan import resident_bytes
 from bitwright.sizes import Sizes
 from bitwright.solvers import gptq
 from bitwright.spec import F32, F64, Stats

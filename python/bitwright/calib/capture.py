@@ -43,7 +43,7 @@ from greenlet import GreenletExit, getcurrent, greenlet  # type: ignore[import-u
 from torch import nn
 
 from bitwright.calib import attention
-from bitwright.calib.memory import BATCHES_PER_TRIM, trim
+from bitwright.calib.memory import Heap
 from bitwright.calib.parked import Arrival, Cut, NotAView, Stream, Waiting
 from bitwright.calib.skeleton import Skeleton, value_rows
 from bitwright.calib.walk import first
@@ -82,9 +82,10 @@ class Capture:
         collector: Callable[[int, int], Collector],
         mix: int = 0,
         sums: bool = False,
+        heap: Heap | None = None,
     ) -> None:
         self.skeleton, self.arch, self.collector, self.mix = skeleton, arch, collector, mix
-        self.sums = sums
+        self.sums, self.heap = sums, heap or Heap()
         self.inside = True
         self.told: dict[str, int] = {}
         known = any("attn.v" in x.roles for group in arch.groups for x in group.linears)
@@ -177,7 +178,7 @@ class _Run:
         self.finished: set[int] = set()
         self.rerun = rerun
         self.hub = getcurrent()
-        self.stage, self.advances = 0, 0
+        self.stage = 0
         self.now = batches[0][0] if batches else None
         self.before: tuple[int, torch.Tensor, Stats] | None = None
 
@@ -229,7 +230,7 @@ class _Run:
         stats = self._stats(g, collector) if shared is None else shared
         follows = g + 1 < len(self.groups) and self.groups[g + 1].inside_attention
         self.before = (g, head, stats) if follows else None
-        trim()
+        self.capture.heap.trim()
         return stats
 
     def finish(self) -> list[Streams]:
@@ -240,7 +241,7 @@ class _Run:
             arrivals = [self._advance(stream).x for stream in reversed(self.batches[0])]
             outputs.append(tuple(x.cpu() for x in reversed(arrivals)))
             del self.batches[0]
-        trim()
+        self.capture.heap.trim()
         return outputs
 
     def _advance(self, stream: Stream) -> Arrival:
@@ -260,9 +261,7 @@ class _Run:
                 f"[capture] wanted {self.path} to run {self._label(self.stage)} next, "
                 f"got {self._label(at)}"
             )
-        self.advances += 1
-        if self.advances % BATCHES_PER_TRIM == 0:
-            trim()
+        self.capture.heap.trim()
         return arrived
 
     def _resume(self, stream: Stream) -> int:

@@ -13,9 +13,11 @@ still holds, and the input of this group. Frames of fused projections keep more:
 output beside rotated q and k, after gate_up its whole output; GPT-2's block, attention's output.
 
 What a batch frees on its way leaves holes in the heap that the next one does not always fill (an
-aligned block does not fit into a hole of its size). `trim` gives them back after every stage and
-every BATCHES_PER_TRIM batches: 128 x 512 tokens through blocks of a 135M model (408 MiB parked,
-bf16) peaked at 1150 MiB without, at 1050 to 1070 with the first, at 883 with both; no slower.
+aligned block does not fit into a hole of its size). `trim` gives them back: 128 x 512 tokens
+through blocks of a 135M model (408 MiB parked, bf16) peaked at 1150 MiB without, at 883 with one
+after every stage and every fourth batch. But what comes next asks for these pages again, a tenth of
+that run: so a `Heap`, asked after every batch and stage, trims only where the process holds more
+than the plan leaves it.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 from bitwright.spec import Arch, Group
 
 Shape = Callable[[str], tuple[int, int]]
-BATCHES_PER_TRIM = 4
-LARGEST_HOLE = 32 << 20  # glibc maps blocks above this on their own, so that they leave no hole
+HOLES = 8  # that the plan leaves room for, of a batch's widest activation each
+MOST_HOLES = 128 << 20  # bytes; blocks above 32 MiB glibc maps on their own, they leave no hole
 
 
 def parked_bytes(arch: Arch, shape: Shape, tokens: int, itemsize: int) -> dict[str, int]:
@@ -57,19 +61,46 @@ def parked_bytes(arch: Arch, shape: Shape, tokens: int, itemsize: int) -> dict[s
 
 def working_bytes(arch: Arch, shape: Shape, tokens: int, itemsize: int) -> int:
     """Bytes that one batch of `tokens` needs beside what is parked: four activations as wide as the
-    widest input (gate, up and their products; the terms of a GELU), or a norm's float32 copies; and
-    the holes that it and the batches since the last trim leave.
+    widest input (gate, up and their products; the terms of a GELU), or a norm's float32 copies.
     """
     hidden = shape(arch.groups[0].linears[0].name)[1]
-    widest = max(shape(group.linears[0].name)[1] for group in arch.groups) * itemsize
-    space = tokens * max(4 * widest, hidden * (3 * 4 + itemsize))
-    return space + BATCHES_PER_TRIM * min(tokens * widest, LARGEST_HOLE)
+    return tokens * max(4 * _widest(arch, shape) * itemsize, hidden * (3 * 4 + itemsize))
+
+
+def hole_bytes(arch: Arch, shape: Shape, tokens: int, itemsize: int) -> int:
+    """Bytes that the plan leaves for holes of the heap, where batches have `tokens`."""
+    return min(HOLES * tokens * _widest(arch, shape) * itemsize, MOST_HOLES)
+
+
+def _widest(arch: Arch, shape: Shape) -> int:
+    return max(shape(group.linears[0].name)[1] for group in arch.groups)
+
+
+def resident_bytes(peak: bool = False) -> int:
+    """Resident memory of this process now, or its highest so far (VmRSS, VmHWM)."""
+    key = "VmHWM:" if peak else "VmRSS:"
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(key)), 0)
 
 
 def trim() -> None:
     """Give freed heap pages back to the system (glibc; nothing elsewhere)."""
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@dataclass(frozen=True)
+class Heap:
+    """ceiling: resident bytes of this process above which freed pages are given back."""
+
+    ceiling: int = 0
+
+    def trim(self) -> None:
+        if self.ceiling == 0 or resident_bytes() > self.ceiling:
+            trim()
 
 
 def _plays(group: Group, *roles: str) -> bool:
