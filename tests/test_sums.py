@@ -101,6 +101,7 @@ def test_twin_column_stats(dtype: Any) -> None:
         want = column_stats(X, *ours)
         ops.column_stats(X, *ours)
         assert_equal(ours, want)
+    ops.column_stats(np.zeros((3, 0), dtype), np.zeros(0), *np.zeros((3, 0), np.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=["fp16", "bf16"])

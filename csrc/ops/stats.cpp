@@ -92,8 +92,8 @@ void fill_panels(In<T> x, bool bf16, Index first, Index rows, typename Layout::W
 }
 
 // h[row0 .. row1) of one column panel += left^T right; both are panels. What the chains reach after
-// chain_columns() rows waits in c; h is fetched meanwhile, up to the
-// line of the last entry: NumPy's arrays do not begin on one.
+// chain_columns() rows waits in c; h is fetched meanwhile, up to the line of its last entry:
+// NumPy's arrays do not begin on one.
 template <class Layout>
 void add_tiles(const typename Layout::Word* left, const typename Layout::Word* right, Index depth,
                Index row0, Index row1, Index panel, float* c, Ahead& ahead, Out<double> h) {
@@ -244,7 +244,7 @@ void column_stats(In<T> x, bool bf16, OutVec<double> absolute, OutVec<float> abs
           abs_max.size(), ", ", minimum.size(), " and ", maximum.size());
   constexpr Index kColumns = 1024, kLine = 64;  // of a task, at most; a multiple of it
   const Index share = ceil_div(ceil_div(k, thread_count().load()), kLine) * kLine;
-  const Index columns = std::min(kColumns, share);
+  const Index columns = std::clamp<Index>(share, 1, kColumns);
   parallel_for(ceil_div(k, columns), [&](Index task) {
     const Index begin = task * columns, width = std::min(columns, k - begin);
     const ColumnSums sums = {absolute.data() + begin, abs_max.data() + begin,
