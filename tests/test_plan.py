@@ -9,6 +9,7 @@ from itertools import count
 import pytest
 import transformers
 
+import bitwright
 import tiny_models
 from bitwright import plan, trial
 from bitwright import recipe as recipes
@@ -305,3 +306,11 @@ def test_up_to_the_ceiling_a_run_may_keep_holes(rerun):
     ceiling = made.ram_bytes - made.ram_passing
     holes = 0 if rerun else memory.hole_bytes(job.arch, sizes.shape, sizes.batch, sizes.item)
     assert ceiling >= made.ram_base + sizes.weights() + holes
+
+
+def test_a_run_keeps_to_the_ceiling_of_its_plan(tmp_path, monkeypatch):
+    plans, ceilings, make = [], set(), plan.make_for
+    monkeypatch.setattr(plan, "make_for", lambda *a, **k: plans.append(make(*a, **k)) or plans[-1])
+    monkeypatch.setattr(memory.Heap, "trim", lambda self: ceilings.add(self.ceiling))
+    bitwright.quantize(embedded_model(), out=tmp_path / "out", samples=2, length=64, effort="fast")
+    assert ceilings == {plans[-1].ram_bytes - plans[-1].ram_passing}
