@@ -11,7 +11,7 @@ import transformers
 
 import bitwright
 import tiny_models
-from bitwright import plan, trial
+from bitwright import ops, plan, schemes, trial
 from bitwright import recipe as recipes
 from bitwright.calib import memory
 from bitwright.demo import embedded_model
@@ -276,14 +276,39 @@ def test_wider_is_longer(tmp_path):
     path = config("LlamaConfig", {**LLAMA3_8B, "num_hidden_layers": 2}, tmp_path)
     job = outline_job(path, Recipe(effort="fast", samples=2, length=32), dtype="float32")
     estimate = plan.Estimate(job, Sizes(job), rerun=False)
-    problem = trial.Solved(1.0, 0.5, 0.25)
-    estimate._tried = lambda k, *_: problem if k == 2048 else trial.Solved(0.1, 0.1, 0.125 * 0.75)
-    down = next(t for t in job.targets.values() if "down" in t.name)
-    group = job.arch.groups[-1]
-    found, larger = estimate._solved(group, down), 14336 / 2048
-    assert (found.factor, found.once) == (larger**3, 0.5 * larger**2)
-    steep = 2 * (0.25 - 0.1875)
-    assert found.row == pytest.approx(larger * (0.25 - steep) + larger**2 * steep)
+    asked = []
+    estimate._tried = lambda k, *_: asked.append(k) or trial.Solved(1.0, 0.5, 0.25)
+    up, down = (next(t for t in job.targets.values() if name in t.name) for name in ("up", "down"))
+    found, larger = estimate._solved(job.arch.groups[-1], down), 14336 / 4096
+    assert found == trial.Solved(larger**3, 0.5 * larger**2, 0.25 * larger**2)
+    assert estimate._solved(job.arch.groups[-2], up) == trial.Solved(1.0, 0.5, 0.25)
+    assert asked == [4096, 4096]
+
+
+def test_a_row_costs_the_difference_of_many_and_few(monkeypatch):
+    """What every solve does once is no row's; rows of a matrix are told apart from it."""
+    once, row = 3.0, 0.25
+    spent = {n: once + row * n for n in (trial.FEW, trial.MANY)} | {0: 7.0}
+    rows = []
+
+    class Solver:
+        @staticmethod
+        def prepare(*_args, **_options):
+            rows.append(0)
+
+        @staticmethod
+        def solve(W, _stats, scheme, **_options):
+            rows.append(len(W))
+            return ops.encode(W, *ops.fit(W, scheme), scheme), None
+
+    def typical(work, *_args, **_options):
+        work()
+        return spent[rows[-1]]
+
+    monkeypatch.setattr(trial, "typical", typical)
+    monkeypatch.setattr(ops, "threads", lambda: 1)
+    problem = trial.Problem(32, schemes.parse("int4-g16"), drift=False, added=False)
+    assert trial.solving(Solver, {}, problem) == trial.Solved(7.0, once, row)
 
 
 def test_freed_pages_are_given_back_above_the_ceiling(monkeypatch):

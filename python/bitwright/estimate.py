@@ -8,8 +8,9 @@ forward     torch's linear (n, k) in the forward's dtype, on the tokens of a cal
 statistics  `StatsCollector.update` of one input, and of two streams, at the real k up to
             COLUMNS; beyond, H fits no cache anyway and k^2 is left
 solve       the solver on a few rows: what a factor, an H and a row cost; k up to SOLVED as it
-            is, beyond from half of that and that: a row is a k + b k^2, an H k^2, a factor k^3
-            (docs/solver.md 2); q and k in turns of as many rows as there are heads
+            is, beyond a row and an H as k^2, a factor as k^3 (docs/solver.md 2): H of SOLVED
+            columns fits no cache either, and what a row costs per column is a twentieth of it;
+            q and k in turns of as many rows as there are heads
 read save write   bytes, at the rates of a file written, synced and read back: the checkpoint,
             once for its fingerprint, once for the blocks, once for the solve; finished linears,
             and hidden states after each block; the result, written, read back and compared
@@ -35,7 +36,7 @@ from bitwright.transforms import awq
 
 PRODUCTS = 1e10  # multiply-adds of one measured product
 COLUMNS = 4096
-SOLVED = 2048
+SOLVED = 4096
 PANEL = 16  # rows that a thread solves at a time
 ROUNDING = 40e-9  # seconds per weight and thread of plain rounding and what is around it
 
@@ -200,13 +201,9 @@ class Estimate:
         k, scheme = target.shape[1], target.scheme
         if scheme is None:
             return trial.Solved(0.0, 0.0, 0.0)
-        whole = self._tried(min(k, SOLVED), scheme, group)
-        if k <= SOLVED:
-            return whole
-        half, larger = self._tried(SOLVED // 2, scheme, group), k / SOLVED
-        steep = max(0.0, 2.0 * (whole.row - 2.0 * half.row))  # b SOLVED^2
-        row = larger * (whole.row - steep) + larger**2 * steep
-        return trial.Solved(larger**3 * whole.factor, larger**2 * whole.once, row)
+        tried, larger = self._tried(min(k, SOLVED), scheme, group), max(1.0, k / SOLVED)
+        once, row = larger**2 * tried.once, larger**2 * tried.row
+        return trial.Solved(larger**3 * tried.factor, once, row)
 
     def _tried(self, k: int, scheme: Scheme, group: Group) -> trial.Solved:
         recipe, added = self.job.recipe, self.sizes.added(group)

@@ -25,16 +25,26 @@ from bitwright.calib.walk import first
 from bitwright.spec import F32, F64, Scheme, Stats
 
 PATIENCE = 0.08  # seconds that repeats of one measurement may take
-ROWS = 96  # per thread: two panels of the widest instruction set
+SOLVING = 0.4  # the same, of a solve: a row's cost is the difference of two
+ROWS = 96  # per thread at least: two panels of the widest instruction set
+FEW, MANY = 384, 1536  # rows whose difference tells a row's cost; of fewer, what stays in cache
 DISK = 16 << 20
 TILE = 64  # tokens of random answers, repeated
+SLICES = 8  # of the inputs that H is made from, one in memory at a time
 
 
-def typical(work: Callable[[], Any], device: torch.device = devices.CPU) -> float:
-    """Seconds of a run in the middle of a few, a first one apart; on a device until it is done."""
-    work()
-    devices.settle(device)
-    spent, end = [], perf_counter() + PATIENCE
+def typical(
+    work: Callable[[], Any],
+    device: torch.device = devices.CPU,
+    patience: float = PATIENCE,
+    warm: bool = False,
+) -> float:
+    """Seconds of a run in the middle of a few; a first one apart, unless `warm`; on a device until
+    it is done."""
+    if not warm:
+        work()
+        devices.settle(device)
+    spent, end = [], perf_counter() + patience
     while True:
         begin = perf_counter()
         work()
@@ -150,16 +160,17 @@ def solving(
     problem: Problem,
     before: Callable[[list[F32], Stats, Scheme], Any] | None = None,
 ) -> Solved:
-    """A solver on random matrices: the factor, and one of ROWS and one of twice as many rows per
-    thread. before: what is done with the matrix first."""
+    """A solver on random matrices: the factor, and matrices of few and of many rows. before: what
+    is done with the matrix first."""
     rng, k, scheme = np.random.default_rng(problem.k), problem.k, problem.scheme
-    rows = ROWS * ops.threads()
-    W = rng.standard_normal((2 * rows, k), np.float32) * np.float32(0.02)
+    few = max(FEW, ROWS * ops.threads())
+    many = max(MANY, 2 * few)
+    W = rng.standard_normal((many, k), np.float32) * np.float32(0.02)
     H = _hessian(rng, k)
     stored = W.astype(ops.BFLOAT16)
-    given = {**options, "prepared": solver.prepare(problem.stats(H, rows), scheme, **options)}
+    given = {**options, "prepared": solver.prepare(problem.stats(H, few), scheme, **options)}
 
-    def run(n: int) -> float:
+    def run(n: int, warm: bool) -> float:
         stats = problem.stats(H, n)
 
         def work() -> None:
@@ -168,21 +179,22 @@ def solving(
             q, _ = solver.solve(stored[:n].astype(np.float32), stats, scheme, **given)
             torch.from_numpy(ops.decode(q)).to(torch.bfloat16)
 
-        return typical(work)
+        return typical(work, patience=SOLVING, warm=warm)
 
-    factor = typical(lambda: solver.prepare(problem.stats(H, rows), scheme, **options))
-    short, long = run(rows), run(2 * rows)
-    row = max(long - short, 0.0) / rows
-    return Solved(factor, max(short - row * rows, 0.0), row)
+    factor = typical(lambda: solver.prepare(problem.stats(H, few), scheme, **options), warm=True)
+    short, long = run(few, warm=False), run(many, warm=True)
+    row = max(long - short, 0.0) / (many - few)
+    return Solved(factor, max(short - row * few, 0.0), row)
 
 
 def _hessian(rng: np.random.Generator, k: int) -> F64:
     """H of inputs whose columns differ in size and go together with their neighbours."""
-    X = rng.standard_normal((2 * k, k), np.float32)
-    X[:, 1:] += X[:, :-1]
-    X *= np.exp(0.5 * rng.standard_normal(k)).astype(np.float32)
-    H = np.zeros((k, k))
-    ops.gram(X, H)
+    H, sizes = np.zeros((k, k)), np.exp(0.5 * rng.standard_normal(k)).astype(np.float32)
+    for _ in range(SLICES):
+        X = rng.standard_normal((-(-2 * k // SLICES), k), np.float32)
+        X[:, 1:] += X[:, :-1]
+        X *= sizes
+        ops.gram(X, H)
     ops.mirror(H)
     H /= 2 * k
     return H
