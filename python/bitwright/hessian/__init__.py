@@ -1,1 +1,1 @@
-"""What is made of a matrix's statistics before it is rounded: a factor of H, and the target."""
+"""Under H: its factor, the target that drift makes, heads and their rows, rows rounded."""

@@ -56,26 +56,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from bitwright import ops
-from bitwright.hessian import heads
 from bitwright.hessian.factored import Factored, factored
+from bitwright.hessian.rows import Options, Part, solve_rows
 from bitwright.hessian.target import (
     ALPHA,
     Drifts,
     drifts_of,
     residual_of,
     share_of_drift,
-    target_of,
 )
 from bitwright.spec import (
     F32,
     F64,
-    U8,
     InputError,
     QTensor,
     Report,
@@ -99,7 +97,6 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
 OF_A_RUN = ("attention", "compare", "gram_dtype", "coupled", "alpha", "residual")
 DAMPING = {1: 0.05, 2: 0.05, 3: 0.02}  # by bits, else DEFAULT_DAMPING
 DEFAULT_DAMPING = 0.01
-ZERO_SPAN = {1: 2, 2: 2}  # zero points tried beside z0, by bits, else 1
 PATTERN = "ccclclc"
 SCALES = ("feedback", "hessian", "mse", "minmax")
 ORDERS = ("gar", "act", "natural")
@@ -157,130 +154,6 @@ def prepare(
     return tuple(factored(H, scheme, wish, order) for H in _hessians(stats))
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What `solve` was asked for."""
-
-    order: str
-    scales: str
-    refine: str
-    alpha: float | None  # None: chosen on held-out tokens
-    negative: bool
-    whole: F32  # the matrix whose range sets the scale of a tensor scheme
-    metric: F64 | None  # of the rows of each head
-    errors: bool
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """A solved block of rows; sizes are tr(. H .^T). swept: None where rows were solved in turn."""
-
-    q: QTensor
-    swept: float | None
-    final: float
-    alpha: float | None
-    size: float
-    plain: float
-
-
-def _steps(W: F32, H: F64, scheme: Scheme) -> F32 | None:
-    """Of two-level scales: for the largest of the block that the "hessian" scales want."""
-    return ops.block_steps(W, scheme, _weight(H), search=True)
-
-
-def _weight(H: F64) -> F32:
-    return np.maximum(np.diagonal(H), 0.0).astype(np.float32)
-
-
-def _static_scales(
-    W: F32, H: F64, scheme: Scheme, o: _Options, steps: F32 | None
-) -> tuple[F32, U8 | F32]:
-    scales = o.scales
-    whole = ops.global_scale(o.whole, scheme)
-    if scheme.group == -1:
-        all_scales, all_zeros = ops.fit(o.whole, scheme)
-        return all_scales[: len(W)], all_zeros[: len(W)]
-    if scales in ("hessian", "feedback"):
-        return ops.fit(W, scheme, _weight(H), search=True, whole=whole, steps=steps)
-    if scales == "mse":
-        return ops.fit(W, scheme, search=True, power=2.4, whole=whole, steps=steps)
-    return ops.fit(W, scheme, whole=whole, steps=steps)
-
-
-def _sweep(W: F32, H: F64, p: Factored, scheme: Scheme, o: _Options) -> tuple[QTensor, F64]:
-    whole, steps = ops.global_scale(o.whole, scheme), _steps(W, H, scheme)
-    if o.scales == "feedback" and o.order != "act" and scheme.group != -1:
-        span = ZERO_SPAN.get(scheme.bits, 1)
-        negative = o.negative and scheme.symmetric and scheme.scale in ("bf16", "fp16", "fp32")
-        return ops.gptq_search(
-            W,
-            p.factor,
-            p.order,
-            scheme,
-            zero_span=span,
-            negative=negative,
-            whole=whole,
-            steps=steps,
-        )
-    static = _static_scales(W, H, scheme, o, steps)
-    return ops.gptq(W, p.factor, p.order, *static, scheme, whole, steps)
-
-
-def _error(W: F32, q: QTensor, loss: F64, p: Factored, H: F64, o: _Options) -> float:
-    """tr(E H E^T) from the loss under H + damping, less what the damping added to it; NaN, as all
-    errors, where they are not asked for."""
-    if not o.errors:
-        return math.nan
-    E = W - ops.decode(q)
-    if p.dead.any():
-        return ops.quadratic(E, H)
-    return max(float(loss.sum()) - p.added * ops.energy(E), 0.0)
-
-
-def _solve_rows(
-    W: F32, H: F64, drifts: list[Drifts | None], p: Factored, scheme: Scheme, o: _Options
-) -> _Part:
-    """The next block of rows; its drift is taken off `drifts`, so that it is gone with the
-    target."""
-    drift = drifts.pop(0)
-    if p.R is None:
-        steps = _steps(W, H, scheme)
-        static = _static_scales(W, H, scheme, replace(o, scales="hessian"), steps)
-        q = ops.encode(W, *static, scheme, ops.global_scale(o.whole, scheme), steps)
-        rounded = ops.quadratic(W - ops.decode(q), H) if o.errors else math.nan
-        return _Part(q, rounded, rounded, None, *_compared_with(W, H, scheme, o))
-    target, alpha = (W, None) if drift is None else target_of(W, drift, p, o.alpha)
-    drift = None
-    if o.metric is not None:
-        q = heads.coupled(target, o.metric, lambda rows: _rounded(rows, H, p, scheme, o)[0])
-        final = ops.quadratic(target - ops.decode(q), H) if o.errors else math.nan
-        return _Part(q, None, final, alpha, *_compared_with(W, H, scheme, o))
-    q, swept, final = _rounded(target, H, p, scheme, o)
-    del target
-    return _Part(q, swept, final, alpha, *_compared_with(W, H, scheme, o))
-
-
-def _compared_with(W: F32, H: F64, scheme: Scheme, o: _Options) -> tuple[float, float]:
-    """tr(W H W^T), and what plain rounding would have cost."""
-    if not o.errors:
-        return math.nan, math.nan
-    rounded = ops.encode(W, *ops.fit(W, scheme), scheme)
-    return ops.quadratic(W, H), ops.quadratic(W - ops.decode(rounded), H)
-
-
-def _rounded(
-    target: F32, H: F64, p: Factored, scheme: Scheme, o: _Options
-) -> tuple[QTensor, float, float]:
-    """Rows swept and refined; their error after each."""
-    q, loss = _sweep(target, H, p, scheme, o)
-    swept = final = _error(target, q, loss, p, H, o)
-    pattern = o.refine.replace("l", "") if scheme.group == -1 else o.refine
-    if pattern:
-        q, loss = ops.refine(target, H, q, p.added, p.dead, pattern=pattern)
-        final = _error(target, q, loss, p, H, o)
-    return q, swept, final
-
-
 def _share(part: float, size: float) -> float:
     return 0.0 if size <= 0 else part / size
 
@@ -322,7 +195,7 @@ def solve(
     check({**wishes, "residual": residual})
     share = share_of_drift(alpha)
     M = metric if coupled and len(H) == 1 else None
-    o = _Options(order, scales, refine, share, negative, W if whole is None else whole, M, errors)
+    o = Options(order, scales, refine, share, negative, W if whole is None else whole, M, errors)
     pull = residual_of(residual, scheme.bits)
     drifts: list[Drifts | None] = [None] * len(H)
     if alpha or (pull and stats.D is not None):
@@ -332,7 +205,7 @@ def solve(
         stats.release()
     rows = len(W) // len(H)
     parts = [
-        _solve_rows(W[b * rows : (b + 1) * rows], H[b], drifts, p, scheme, o)
+        solve_rows(W[b * rows : (b + 1) * rows], H[b], drifts, p, scheme, o)
         for b, p in enumerate(factors)
     ]
     report = _report(W.shape, parts, factors, stats, scheme)
@@ -344,7 +217,7 @@ def solve(
 
 def _report(
     shape: tuple[int, ...],
-    parts: list[_Part],
+    parts: list[Part],
     factors: Prepared,
     stats: Stats,
     scheme: Scheme,
