@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import bitwright
 import tiny_models
-from bitwright import archs, ops, schemes
+from bitwright import archs, ops, schemes, solving
 from bitwright.calib.heads import heads_of
 from bitwright.calib.skeleton import Skeleton
 from bitwright.demo import embedded_model
@@ -21,7 +22,7 @@ from bitwright.hessian import heads as coupling
 from bitwright.job import open_job
 from bitwright.sizes import Sizes
 from bitwright.solvers import gptq
-from bitwright.spec import Heads, InputError, QTensor, Recipe
+from bitwright.spec import Heads, Held, InputError, QTensor, Recipe
 from problems import hessian, rng, stats, weights
 
 QUERIES, KEYS, WIDTH, REACH = 6, 2, 16, 64
@@ -100,7 +101,7 @@ def test_coupled_rows_lower_what_the_scores_lose(name):
     M = coupling.metrics(HEADS, "attn.q", W_K, H)
     s = schemes.parse(name)
     alone, before = gptq.solve(W_Q, stats(H), s, alpha=0.0)
-    q, report = gptq.solve(W_Q, stats(H), s, alpha=0.0, coupled=True, metric=M)
+    q, report = gptq.solve_in_turn([W_Q], [M], stats(H), s, alpha=0.0)[0]
     assert (before.coupled, report.coupled) == (False, True)
     assert objective(W_Q, q, M) < 0.98 * objective(W_Q, alone, M)
     assert report.error >= before.error * 0.98
@@ -129,11 +130,38 @@ def test_each_row_is_solved_for_its_target():
             assert np.allclose(seen[a][head], want, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [*NAMES, "int4-tensor"])
+@pytest.mark.parametrize("alpha", [0.0, "auto"])
+def test_matrices_solved_at_once_are_those_solved_alone(name, alpha):
+    """Reports too; scales of a whole matrix, shares of the drift and fallbacks are each its own."""
+    scheme, given = schemes.parse(name), stats(H)
+    C = 0.3 * H * np.sign(rng("drift").standard_normal((K, K)))
+    held = Held(0.5 * H, 0.2 * C, 0.4)
+    given = replace(given, C=C, held=held) if alpha == "auto" else given
+    matrices = [W_Q, 3.0 * W_K]
+    metrics = [coupling.metrics(HEADS, "attn.q", W_K, H), coupling.metrics(HEADS, "attn.k", W_Q, H)]
+    options = {"alpha": alpha, "refine": "ccl"}
+    both = gptq.solve_in_turn(matrices, metrics, given, scheme, **options)
+    for W, M, (q, report) in zip(matrices, metrics, both, strict=True):
+        alone, told = gptq.solve_in_turn([W], [M], given, scheme, **options)[0]
+        assert q.global_scale == alone.global_scale
+        for field in ("codes", "scales", "zeros", "steps"):
+            assert np.array_equal(getattr(q, field), getattr(alone, field))
+        assert report == told
+
+
+def test_one_h_for_rows_in_turn():
+    M = np.repeat(np.eye(WIDTH)[None], QUERIES, 0)
+    two = replace(stats(H), H=np.stack([H, H]))
+    with pytest.raises(InputError, match="wanted one H for rows in turn, got 2"):
+        gptq.solve_in_turn([W_Q], [M], two, schemes.parse("int4-g16"))
+
+
 def test_heads_that_nothing_couples_are_solved_as_ever():
     M = np.repeat(np.eye(WIDTH)[None] * 3.0, QUERIES, 0)
     s = schemes.parse("int3-g16")
     alone, _ = gptq.solve(W_Q, stats(H), s, alpha=0.0)
-    q, _ = gptq.solve(W_Q, stats(H), s, alpha=0.0, coupled=True, metric=M)
+    q, _ = gptq.solve_in_turn([W_Q], [M], stats(H), s, alpha=0.0)[0]
     assert np.array_equal(q.codes, alone.codes)
     assert np.array_equal(q.scales, alone.scales)
 
@@ -142,7 +170,7 @@ def test_heads_that_nothing_couples_are_solved_as_ever():
 def test_same_bits_for_every_thread_count(threads):
     def run() -> tuple[bytes, bytes]:
         M = coupling.metrics(HEADS, "attn.q", W_K, H)
-        q, _ = gptq.solve(W_Q, stats(H), schemes.parse("int3-g16"), coupled=True, metric=M)
+        q, _ = gptq.solve_in_turn([W_Q], [M], stats(H), schemes.parse("int3-g16"))[0]
         return M.tobytes(), q.codes.tobytes() + q.scales.tobytes()
 
     before = ops.threads()
@@ -166,7 +194,7 @@ def test_no_nan_leaves_it(seed):
     column = int(draw.integers(K))
     bad[column] = bad[:, column] = 0.0
     M = coupling.metrics(HEADS, "attn.q", partner, bad)
-    q, report = gptq.solve(W, stats(bad), schemes.parse("int4-g16"), coupled=True, metric=M)
+    q, report = gptq.solve_in_turn([W], [M], stats(bad), schemes.parse("int4-g16"))[0]
     assert np.isfinite(q.dequantize()).all()
     assert math.isfinite(report.error)
 
@@ -219,6 +247,28 @@ def test_a_run_says_which_rows_were_coupled(tmp_path):
     told = bitwright.quantize(source, out=tmp_path / "d", **small)
     assert not any(linear.coupled for linear in told.linears)
     assert any("rows of q and k are solved one by one: norms" in note for note in told.notes)
+
+
+def test_q_and_k_of_a_run_are_solved_at_once(tmp_path, monkeypatch):
+    """The same bits as one after the other, and as k alone where q is finished already."""
+    small = {"scheme": "int4-g64", "samples": 4, "length": 64}
+    turns, solve = [], gptq.solve_in_turn
+    monkeypatch.setattr(
+        gptq, "solve_in_turn", lambda W, *a, **o: turns.append(len(W)) or solve(W, *a, **o)
+    )
+    bitwright.quantize(embedded_model(), out=tmp_path / "a", **small)
+    assert set(turns) == {2}
+    turns.clear()
+    monkeypatch.setattr(solving.BlockSolver, "_together", lambda _self, _group, one, _stats: [one])
+    bitwright.quantize(embedded_model(), out=tmp_path / "b", **small)
+    assert set(turns) == {1}
+    monkeypatch.undo()
+    mixed = [{"pattern": "*.k_proj", "bits": 8}]
+    report = bitwright.quantize(embedded_model(), out=tmp_path / "c", **small, overrides=mixed)
+    assert {x.name.rpartition(".")[2] for x in report.linears if x.coupled} == {"q_proj", "k_proj"}
+    for name in ("model.safetensors", "bitwright-report.json"):
+        one, other = (tmp_path / folder / name for folder in "ab")
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_column_scales_change_nothing_of_what_couples():

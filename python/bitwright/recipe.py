@@ -125,7 +125,7 @@ def _require_options(recipe: Recipe) -> None:
             f"[recipe] wanted an effort of {', '.join(solver.EFFORTS)}, got {recipe.effort!r}"
         )
     keywords = signature(solver.solve).parameters.values()
-    inner = {"prepared", "whole", "last", "metric", "errors"}
+    inner = {"prepared", "whole", "last", "errors"}
     known = [p.name for p in keywords if p.kind is p.KEYWORD_ONLY and p.name not in inner]
     strange = [str(key) for key in recipe.options if key not in known]
     if strange:

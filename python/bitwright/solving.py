@@ -62,13 +62,17 @@ class BlockSolver:
             return self._solve_rows(group, group.rows, stats)
         wanted = self.job.wanted(self.block, group)
         scales, exponent = self._rescale(group, stats)
-        weights = {}
+        weights: dict[str, F32] = {}
         for target in wanted:
+            if target.linear.name in weights:
+                continue
             if self.spool.has(target.name):
-                done = self._load(target)
-            else:
-                done = self._finish(group, target, stats, scales, exponent)
-            weights[target.linear.name] = done.dense()
+                weights[target.linear.name] = self._load(target).dense()
+                continue
+            together = self._together(group, target, stats)
+            finished = self._finish(group, together, stats, scales, exponent)
+            for one, done in zip(together, finished, strict=True):
+                weights[one.linear.name] = done.dense()
         if not self._shared_with_next(group):
             self._prepared = self._scaled = None
         return weights
@@ -111,7 +115,7 @@ class BlockSolver:
     def solve_alone(self, target: Target) -> None:
         """Data-free rounding of one linear."""
         if not self.spool.has(target.name):
-            self._finish(Group((target.linear,)), target, None, None, None)
+            self._finish(Group((target.linear,)), [target], None, None, None)
 
     def _save(self, target: Target, done: Finished) -> None:
         with self.phase("save"):
@@ -127,23 +131,28 @@ class BlockSolver:
     def _finish(
         self,
         group: Group,
-        target: Target,
+        targets: list[Target],
         stats: Stats | None,
         scales: F32 | None,
         exponent: float | None,
-    ) -> Finished:
-        begin = time.perf_counter()
-        solver, options = self._asked(target, stats)
-        if target.scheme is not None:  # H is factored before W is there: less memory at a time
-            self._prepare(solver, self._inner(group, stats, scales), target.scheme, options)
-        W = self.job.weight(target)
-        q, report = self._round(group, target, W, stats, scales)
-        report = replace(
-            report, name=target.name, awq=exponent, seconds=round(time.perf_counter() - begin, 4)
-        )
-        done = Finished(q, report, scales)
-        self._save(target, done)
-        return done
+    ) -> list[Finished]:
+        """One matrix, or those that are solved at once."""
+        begin, first = time.perf_counter(), targets[0]
+        solver, options = self._asked(first, stats)
+        if first.scheme is not None:  # H is factored before W is there: less memory at a time
+            self._prepare(solver, self._inner(group, stats, scales), first.scheme, options)
+        matrices = [self.job.weight(target) for target in targets]
+        if stats is not None and self._partner(group, first) is not None:
+            rounded = self._round_in_turn(group, targets, matrices, stats, scales)
+        else:
+            rounded = [self._round(group, first, matrices[0], stats, scales)]
+        each, finished = (time.perf_counter() - begin) / sum(map(len, matrices)), []
+        for target, W, (q, told) in zip(targets, matrices, rounded, strict=True):
+            seconds = round(each * len(W), 4)
+            report = replace(told, name=target.name, awq=exponent, seconds=seconds)
+            finished.append(Finished(q, report, scales))
+            self._save(target, finished[-1])
+        return finished
 
     def _round(
         self,
@@ -154,34 +163,76 @@ class BlockSolver:
         scales: F32 | None,
         rows: tuple[int, int] | None = None,
     ) -> tuple[QTensor, Report]:
-        scheme, method = target.scheme, self.job.recipe.method
-        if scheme is None:
-            raise InputError(f"[solve] wanted a scheme for {target.name}, got none")
+        scheme = _scheme_of(target)
         solver, options = self._asked(target, stats)
         inner = self._inner(group, stats, scales)
         scaled = W if scales is None else W * scales
         prepared = self._prepare(solver, inner, scheme, options)
-        if solver_of(method) == "gptq":
+        if solver_of(self.job.recipe.method) == "gptq":
             options["last"] = self._is_last(group, target)
         if rows is not None:
             options["whole"], scaled = scaled, np.ascontiguousarray(scaled[slice(*rows)])
-        if options.get("coupled") and rows is None and stats is not None:
-            options["metric"] = self._metric(group, target, stats)
         q, report = solver.solve(scaled, inner, scheme, prepared=prepared, **options)
-        if scales is not None and stats is not None:
-            plainly = rtn.solve(W if rows is None else W[slice(*rows)], stats, scheme)[1]
-            report = replace(report, error_rtn=plainly.error)
-        return q, report if report.fallback else replace(report, method=method)
+        mine = W if rows is None else W[slice(*rows)]
+        return q, self._told(report, mine, stats, scales, scheme)
 
-    def _metric(self, group: Group, target: Target, stats: Stats) -> F64 | None:
-        """What attention multiplies the rows of q and k with; None for others."""
+    def _round_in_turn(
+        self,
+        group: Group,
+        targets: list[Target],
+        matrices: list[F32],
+        stats: Stats,
+        scales: F32 | None,
+    ) -> list[tuple[QTensor, Report]]:
+        """q and k, or one of them, under what attention multiplies their rows with."""
+        scheme = _scheme_of(targets[0])
+        solver, options = self._asked(targets[0], stats)
+        inner = self._inner(group, stats, scales)
+        scaled = matrices if scales is None else [W * scales for W in matrices]
+        prepared = self._prepare(solver, inner, scheme, options)
+        options["last"] = any(self._is_last(group, target) for target in targets)
+        metrics = [self._metric(group, target, stats) for target in targets]
+        rounded = solver.solve_in_turn(scaled, metrics, inner, scheme, prepared=prepared, **options)
+        return [
+            (q, self._told(report, W, stats, scales, scheme))
+            for W, (q, report) in zip(matrices, rounded, strict=True)
+        ]
+
+    def _told(
+        self, report: Report, W: F32, stats: Stats | None, scales: F32 | None, scheme: Scheme
+    ) -> Report:
+        """A solver's report in terms of the method and of W as it was."""
+        if scales is not None and stats is not None:
+            report = replace(report, error_rtn=rtn.solve(W, stats, scheme)[1].error)
+        return report if report.fallback else replace(report, method=self.job.recipe.method)
+
+    def _together(self, group: Group, target: Target, stats: Stats) -> list[Target]:
+        """The matrices that are solved at once: q and k where both are left, in one scheme."""
+        if stats.H is None or self._partner(group, target) is None:
+            return [target]
+        return [
+            other
+            for other in self.job.wanted(self.block, group)
+            if other.scheme == target.scheme
+            and self._partner(group, other) is not None
+            and not self.spool.has(other.name)
+        ]
+
+    def _partner(self, group: Group, target: Target) -> Target | None:
+        """Whose outputs attention multiplies those of q or k with, where their rows are coupled."""
         role = target.linear.roles[0] if len(target.linear.roles) == 1 else ""
         found = [x for x in group.linears if x.roles == (PARTNERS.get(role),)]
-        heads = self.job.heads(self.block) if len(found) == 1 else None
-        if heads is None or stats.H is None:
+        coupled = solver_options(self.job.recipe).get("coupled")
+        if not coupled or len(found) != 1 or self.job.heads(self.block) is None:
             return None
-        partner = self.job.weight(self.job.target(self.block, found[0]))
-        return metrics(heads, role, partner, stats.H)
+        return self.job.target(self.block, found[0])
+
+    def _metric(self, group: Group, target: Target, stats: Stats) -> F64:
+        """What attention multiplies the rows of q and k with, (heads, d, d)."""
+        heads, partner = self.job.heads(self.block), self._partner(group, target)
+        if heads is None or partner is None or stats.H is None:
+            raise InputError(f"[solve] wanted the heads of {target.name}, got none")
+        return metrics(heads, target.linear.roles[0], self.job.weight(partner), stats.H)
 
     def _asked(self, target: Target, stats: Stats | None) -> tuple[Any, dict[str, Any]]:
         """The solver and its options for a target."""
@@ -247,6 +298,12 @@ class BlockSolver:
         arrays = {"gain": gain, "scales": exact} | ({} if bias is None else {"bias": bias})
         self.spool.save_norm(name, arrays, plan.exponent)
         return arrays, plan.exponent
+
+
+def _scheme_of(target: Target) -> Scheme:
+    if target.scheme is None:
+        raise InputError(f"[solve] wanted a scheme for {target.name}, got none")
+    return target.scheme
 
 
 def _of_rows(parts: list[Report], target: Target) -> Report:

@@ -121,6 +121,11 @@ class Scheme:
         return self.grid.uniform and not self.offset and not self.block
 
     @property
+    def of_whole(self) -> bool:
+        """Whether a scale depends on all rows of the matrix."""
+        return self.group == -1 or self.scale == "e4m3"
+
+    @property
     def name(self) -> str:
         where = {0: "channel", -1: "tensor"}.get(self.group, f"g{self.group}")
         scale = "" if self.scale == "bf16" else f"-{self.scale}"

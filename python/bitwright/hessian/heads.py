@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
@@ -96,6 +95,4 @@ def _factor(M: F64) -> F32:
 
 def _heads_below_each_other(q: QTensor, heads: int, width: int) -> QTensor:
     """Rows that came head by head within each place, place by place within each head."""
-    at = np.arange(heads * width).reshape(width, heads).T.ravel()
-    steps = None if q.steps is None else q.steps[at]
-    return replace(q, codes=q.codes[at], scales=q.scales[at], zeros=q.zeros[at], steps=steps)
+    return ops.rows_of(q, np.arange(heads * width).reshape(width, heads).T.ravel())

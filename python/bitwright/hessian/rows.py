@@ -4,6 +4,7 @@ mean stands in solvers/gptq.py."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,7 +28,6 @@ class Options:
     alpha: float | None  # None: chosen on held-out tokens
     negative: bool
     whole: F32  # the matrix whose range sets the scale of a tensor scheme
-    metric: F64 | None  # of the rows of each head
     errors: bool
 
 
@@ -104,20 +104,54 @@ def solve_rows(
     target."""
     drift = drifts.pop(0)
     if p.R is None:
-        steps = _steps(W, H, scheme)
-        static = _static_scales(W, H, scheme, replace(o, scales="hessian"), steps)
-        q = ops.encode(W, *static, scheme, ops.global_scale(o.whole, scheme), steps)
-        rounded = ops.quadratic(W - ops.decode(q), H) if o.errors else math.nan
-        return Part(q, rounded, rounded, None, *_compared_with(W, H, scheme, o))
+        return _unfactored(W, H, scheme, o)
     target, alpha = (W, None) if drift is None else target_of(W, drift, p, o.alpha)
     drift = None
-    if o.metric is not None:
-        q = heads.coupled(target, o.metric, lambda rows: _rounded(rows, H, p, scheme, o)[0])
-        final = ops.quadratic(target - ops.decode(q), H) if o.errors else math.nan
-        return Part(q, None, final, alpha, *_compared_with(W, H, scheme, o))
     q, swept, final = _rounded(target, H, p, scheme, o)
     del target
     return Part(q, swept, final, alpha, *_compared_with(W, H, scheme, o))
+
+
+def solve_in_turn(
+    matrices: Sequence[F32],
+    metrics: Sequence[F64],
+    H: F64,
+    drift: Drifts | None,
+    p: Factored,
+    scheme: Scheme,
+    o: Options,
+) -> list[Part]:
+    """Matrices of heads, metrics (heads, d, d) for each; a turn takes a row of every head of them
+    all, since those of one matrix leave most lanes of a panel empty."""
+    if p.R is None:
+        return [_unfactored(W, H, scheme, replace(o, whole=W)) for W in matrices]
+    found = [(W, None) if drift is None else target_of(W, drift, p, o.alpha) for W in matrices]
+    quiet, targets = replace(o, errors=False), [target for target, _ in found]
+    q = heads.coupled(
+        np.concatenate(targets),
+        np.concatenate(metrics),
+        lambda rows: _rounded(rows, H, p, scheme, quiet)[0],
+    )
+    parts, begin = [], 0
+    for W, (target, alpha) in zip(matrices, found, strict=True):
+        mine = ops.rows_of(q, slice(begin, begin + len(W)))
+        final = _form(target - ops.decode(mine), H, o)
+        parts.append(Part(mine, None, final, alpha, *_compared_with(W, H, scheme, o)))
+        begin += len(W)
+    return parts
+
+
+def _unfactored(W: F32, H: F64, scheme: Scheme, o: Options) -> Part:
+    """Plain rounding on "hessian" scales."""
+    steps = _steps(W, H, scheme)
+    static = _static_scales(W, H, scheme, replace(o, scales="hessian"), steps)
+    q = ops.encode(W, *static, scheme, ops.global_scale(o.whole, scheme), steps)
+    rounded = _form(W - ops.decode(q), H, o)
+    return Part(q, rounded, rounded, None, *_compared_with(W, H, scheme, o))
+
+
+def _form(E: F32, H: F64, o: Options) -> float:
+    return ops.quadratic(E, H) if o.errors else math.nan
 
 
 def _compared_with(W: F32, H: F64, scheme: Scheme, o: Options) -> tuple[float, float]:

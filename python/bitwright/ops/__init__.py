@@ -22,6 +22,7 @@ from bitwright.ops.codes import global_scale as global_scale
 from bitwright.ops.codes import pack as pack
 from bitwright.ops.codes import qlinear as qlinear
 from bitwright.ops.codes import round_pack as round_pack
+from bitwright.ops.codes import rows_of as rows_of
 from bitwright.ops.codes import stacked as stacked
 from bitwright.ops.codes import unpack as unpack
 from bitwright.ops.linear import PackedMatrix as PackedMatrix

@@ -189,6 +189,12 @@ def stacked(parts: Sequence[QTensor]) -> QTensor:
     return QTensor(codes, scales, zeros, parts[0].scheme, parts[0].global_scale, steps)
 
 
+def rows_of(q: QTensor, rows: slice | npt.NDArray[np.intp]) -> QTensor:
+    """Some rows of a matrix, in that order."""
+    steps = None if q.steps is None else q.steps[rows]
+    return replace(q, codes=q.codes[rows], scales=q.scales[rows], zeros=q.zeros[rows], steps=steps)
+
+
 def qlinear(X: F32, q: QTensor) -> F32:
     """X (t, k) times the dequantized matrix transposed: float32 (t, n), exact mode."""
     if not q.scheme.grid.uniform or q.scheme.offset:

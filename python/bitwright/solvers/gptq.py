@@ -55,15 +55,15 @@ the last rung the result is plain rounding on "hessian" scales, named as fallbac
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from bitwright import ops
+from bitwright.hessian import rows as under
 from bitwright.hessian.factored import Factored, factored
-from bitwright.hessian.rows import Options, Part, solve_rows
 from bitwright.hessian.target import (
     ALPHA,
     Drifts,
@@ -176,51 +176,107 @@ def solve(
     negative: bool = False,
     whole: F32 | None = None,
     last: bool = False,
-    coupled: bool = False,
-    metric: F64 | None = None,
+    coupled: bool = False,  # noqa: ARG001  solve_in_turn
     errors: bool = True,
 ) -> tuple[QTensor, Report]:
     """W float32 (n, k) rounded with error feedback under stats.H: (k, k), or (B, k, k) for B equal
     blocks of rows. whole: the matrix of which W is a part, where it is. last: no other matrix asks
-    for the drift in `stats`, which goes as soon as it has served. metric: (heads, d, d) for W of
-    heads of d rows, used where `coupled`. errors: whether those of the report are wanted, half the
-    time of a "fast" solve; else they are NaN. Options: see above."""
+    for the drift in `stats`, which goes as soon as it has served. errors: whether those of the
+    report are wanted, half the time of a "fast" solve; else they are NaN. Options: see above."""
     H = _hessians(stats)
     if len(W) % len(H):
         raise InputError(f"[gptq] wanted rows for {len(H)} equal blocks, got {len(W)}")
     if stats is None:
         raise InputError("[gptq] wanted Stats with H, got none")
     factors = prepared or prepare(stats, scheme, damping=damping, order=order)
-    wishes = {"scales": scales, "order": order, "refine": refine, "alpha": alpha}
-    check({**wishes, "residual": residual})
-    share = share_of_drift(alpha)
-    M = metric if coupled and len(H) == 1 else None
-    o = Options(order, scales, refine, share, negative, W if whole is None else whole, M, errors)
-    pull = residual_of(residual, scheme.bits)
-    drifts: list[Drifts | None] = [None] * len(H)
-    if alpha or (pull and stats.D is not None):
-        drifts = drifts_of(stats, H, pull, last)
-    pulled = drifts[0] is not None and drifts[0].pull is not None
-    if last:
-        stats.release()
+    o = _options(order, scales, refine, alpha, negative, W if whole is None else whole, errors)
+    drifts, pull = _drifts(stats, H, o, residual, scheme, last)
     rows = len(W) // len(H)
     parts = [
-        solve_rows(W[b * rows : (b + 1) * rows], H[b], drifts, p, scheme, o)
+        under.solve_rows(W[b * rows : (b + 1) * rows], H[b], drifts, p, scheme, o)
         for b, p in enumerate(factors)
     ]
-    report = _report(W.shape, parts, factors, stats, scheme)
-    if report.alpha is not None and pulled:
-        report = replace(report, residual=pull)
-    report = replace(report, coupled=M is not None and not report.fallback)
+    report = _report(W.shape, parts, factors, stats, scheme, pull)
     return ops.stacked([part.q for part in parts]), report
+
+
+def solve_in_turn(
+    matrices: Sequence[F32],
+    metrics: Sequence[F64],
+    stats: Stats,
+    scheme: Scheme,
+    *,
+    prepared: Prepared | None = None,
+    damping: float | None = None,
+    order: str = "gar",
+    scales: str = "feedback",
+    refine: str = PATTERN,
+    alpha: float | str = ALPHA,
+    residual: float | None = None,
+    negative: bool = False,
+    last: bool = False,
+    errors: bool = True,
+    **_options_of_a_run: object,
+) -> list[tuple[QTensor, Report]]:
+    """`solve` of matrices with one H (k, k), the rows of a head in turn under its metric: (heads,
+    d, d) for each matrix of heads of d rows. Turns go through all matrices at once, unless a scale
+    belongs to a whole one."""
+    H = _hessians(stats)
+    if len(H) != 1:
+        raise InputError(f"[gptq] wanted one H for rows in turn, got {len(H)}")
+    factors = prepared or prepare(stats, scheme, damping=damping, order=order)
+    o = _options(order, scales, refine, alpha, negative, matrices[0], errors)
+    drifts, pull = _drifts(stats, H, o, residual, scheme, last)
+    given = list(zip(matrices, metrics, strict=True))
+    parts = []
+    for batch in [[one] for one in given] if scheme.of_whole else [given]:
+        group, their = zip(*batch, strict=True)
+        asked = replace(o, whole=group[0])
+        parts += under.solve_in_turn(group, their, H[0], drifts[0], factors[0], scheme, asked)
+    reports = [
+        _report(W.shape, [part], factors, stats, scheme, pull)
+        for W, part in zip(matrices, parts, strict=True)
+    ]
+    return [
+        (part.q, replace(report, coupled=not report.fallback))
+        for part, report in zip(parts, reports, strict=True)
+    ]
+
+
+def _options(
+    order: str,
+    scales: str,
+    refine: str,
+    alpha: float | str,
+    negative: bool,
+    whole: F32,
+    errors: bool,
+) -> under.Options:
+    check({"scales": scales, "order": order, "refine": refine, "alpha": alpha})
+    return under.Options(order, scales, refine, share_of_drift(alpha), negative, whole, errors)
+
+
+def _drifts(
+    stats: Stats, H: F64, o: under.Options, residual: float | None, scheme: Scheme, last: bool
+) -> tuple[list[Drifts | None], float | None]:
+    """Of each block of rows; and the share of the stream's error in them."""
+    check({"residual": residual})
+    pull = residual_of(residual, scheme.bits)
+    drifts: list[Drifts | None] = [None] * len(H)
+    if o.alpha != 0.0 or (pull and stats.D is not None):
+        drifts = drifts_of(stats, H, pull, last)
+    if last:
+        stats.release()
+    return drifts, pull if drifts[0] is not None and drifts[0].pull is not None else None
 
 
 def _report(
     shape: tuple[int, ...],
-    parts: list[Part],
+    parts: list[under.Part],
     factors: Prepared,
     stats: Stats,
     scheme: Scheme,
+    pull: float | None,
 ) -> Report:
     alphas = [part.alpha for part in parts if part.alpha is not None]
     size, swept = sum(part.size for part in parts), [part.swept for part in parts]
@@ -241,6 +297,7 @@ def _report(
         rung=max(p.rung for p in factors),
         dead=int(sum(p.dead.sum() for p in factors)),
         alpha=float(np.mean(alphas)) if alphas else None,
+        residual=pull if alphas else None,
         heads=0 if stats.H is None or stats.H.ndim < 3 else len(factors),
         fallback=f"plain rounding on hessian scales: {failures[0]}" if failures else "",
         notes=(f"{stats.tokens} tokens for {k} columns: H is under-determined",) if short else (),
