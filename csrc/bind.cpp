@@ -71,6 +71,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("levels", &levels);
   m.def("multiplies_bf16", [] { return table().tile_bf16 != nullptr; });
   m.def("threads", [] { return thread_count().load(); });
+  m.def(
+      "panel_rows", [](Index rows) { return table_of(rows, thread_count()).nr_f32; }, arg("rows"));
   m.def("set_threads", [](int n) { thread_count().store(n); }, arg("n"));
 
   m.def("pack", &pack, as_is("codes"), arg("bits"), as_is("words"), Free());

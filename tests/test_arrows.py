@@ -49,7 +49,8 @@ ARROWS = {
     "sizes": {"spec", "recipe", "calib", "job"},
     "pool": {"ops"},
     "trial": {"spec", "ops", "calib"},
-    "estimate": {"spec", "registry", "recipe", "calib", "transforms", "job", "sizes", "trial"},
+    "estimate": {"spec", "ops", "registry", "recipe", "calib", "transforms", "job", "sizes"}
+    | {"trial"},
     "plan": {"spec", "cgroup", "files", "calib", "job", "sizes", "estimate", "pool"},
     "evaluate": {"spec", "registry", "ops", "files", "formats", "calib", "pool", "progress"},
     "inspection": {"spec", "registry", "archs", "files", "formats", "report", "papers"},

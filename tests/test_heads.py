@@ -300,14 +300,17 @@ def test_awq_couples_what_it_has_scaled(tmp_path):
     assert np.array_equal(seen[0][1], stored.astype(np.float32))
 
 
-@pytest.mark.parametrize(("threads", "rows"), [(1, 16 * 32), (2, 32 * 32)])
-def test_the_plan_counts_panels_in_turns(threads, rows):
+@pytest.mark.parametrize(("threads", "panel", "rows"), [(1, 8, 16), (2, 8, 16), (2, 48, 96)])
+def test_the_plan_counts_panels_in_turns(threads, panel, rows, monkeypatch):
+    """12 heads of q and k together: two panels of 8 rows, one of 48 and one thread idle."""
+    monkeypatch.setattr(ops, "panel_rows", lambda turn: panel if turn == 12 else None)
     job = open_job(embedded_model(), Recipe(), threads=threads)
     heads = job.heads(0)
     assert (heads.queries, heads.keys, heads.width) == (8, 4, 32)
     estimate = Estimate(job, Sizes(job), rerun=False)
     found = {t.linear.roles[0]: estimate._rows(0, t) for t in job.targets.values()}
-    assert found["attn.q"] == found["attn.k"] == rows
+    assert found["attn.q"] == math.ceil(256 * rows / 12)
+    assert found["attn.k"] == math.ceil(128 * rows / 12)
     assert found["attn.v"] == 128
     alone = open_job(embedded_model(), Recipe(effort="fast"), threads=threads)
     target = alone.targets["model.layers.0.self_attn.q_proj"]

@@ -237,6 +237,19 @@ def test_gptq_column_orders() -> None:
     assert order(diagonal, 3, "natural").tolist() == list(range(8))
 
 
+@pytest.mark.parametrize("options", [{"scales": "hessian"}, {"scales": "feedback"}])
+@pytest.mark.parametrize("scheme", ["int3-g16-asym", "nf4-g16", "int4-g16-offset-fp16-2x6"])
+def test_few_rows_are_solved_as_among_many(scheme: str, options: dict[str, str]) -> None:
+    """On panels of another width where that is faster."""
+    W, H = weights(120, 80), hessian(80)
+    whole, _ = solve("gptq", W, H, scheme, **options)
+    for count in (1, 2, 5):
+        with threads(count):
+            for n in (1, 12, 24, 25, 48, 49, 73, 120):
+                q, _ = solve("gptq", W[:n], H, scheme, **options)
+                assert same(q, ops.rows_of(whole, slice(n)))
+
+
 @pytest.mark.parametrize("scheme", ["int3-g16-asym", "int4-tensor", "nvfp4"])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_errors_are_worked_out_where_they_are_wanted(

@@ -131,6 +131,19 @@ std::vector<const Table*> usable() {
   return found;
 }
 
+// Whether 512 bits take two cycles.
+bool halves() {
+#if defined(__x86_64__)
+  static const bool found = [] {
+    __builtin_cpu_init();
+    return table().nr_f32 == 48 && __builtin_cpu_is("amdfam19h");
+  }();
+  return found;
+#else
+  return false;
+#endif
+}
+
 const Table& choose() {
   const std::vector<const Table*> tables = usable();
   const char* wanted = std::getenv("BITWRIGHT_ISA");
@@ -151,17 +164,19 @@ const Table& table() {
   return chosen;
 }
 
-int chain_columns() {
+const Table& table_of(std::int64_t rows, int threads) {
 #if defined(__x86_64__)
-  static const bool halves = [] {
-    __builtin_cpu_init();
-    return table().nr_f32 == 48 && __builtin_cpu_is("amdfam19h");
-  }();
-  return halves ? 512 : 128;
-#else
-  return 128;
+  const auto turns = [&](int nr) {
+    const std::int64_t panels = (rows + nr - 1) / nr;
+    return (panels + threads - 1) / threads * nr;
+  };
+  const Table& narrow = avx2::kTable;
+  if (halves() && turns(narrow.nr_f32) < turns(table().nr_f32)) return narrow;
 #endif
+  return table();
 }
+
+int chain_columns() { return halves() ? 512 : 128; }
 
 std::vector<std::string> levels() {
   std::vector<std::string> names;

@@ -155,7 +155,7 @@ void drift(In<float> w, In<double> c, In<double> d, In<float> r, InVec<std::int3
             return &delta(row + lane, reversed ? k - 1 - i : i);
           };
           each_turned(
-              std::min(nr, n - row), k,
+              nr, std::min(nr, n - row), k,
               [&](Index lane, Index i, Index to) { f(*at(lane, i), values[to]); }, at);
         }
       };

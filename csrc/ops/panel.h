@@ -21,8 +21,7 @@ inline constexpr Index kTurned = 64;  // columns of a panel that are transposed 
 // f(row, column, panel entry) for `rows` rows and `columns` columns of a panel [column][nr], in an
 // order that suits both; `ahead`: the address of an entry, whose next columns are fetched.
 template <class F, class Ahead>
-inline void each_turned(Index rows, Index columns, const F& f, const Ahead& ahead) {
-  const Index nr = table().nr_f32;
+inline void each_turned(Index nr, Index rows, Index columns, const F& f, const Ahead& ahead) {
   for (Index first = 0; first < columns; first += kTurned)
     for (Index lane = 0; lane < rows; ++lane) {
       const Index end = std::min(columns, first + kTurned), next = std::min(columns, end + kTurned);
@@ -33,12 +32,14 @@ inline void each_turned(Index rows, Index columns, const F& f, const Ahead& ahea
 }
 
 // panel[p][lane] = w(row + lane, column + p) for p < columns; rows past the end are zero.
-inline void load_panel(In<float> w, Index row, Index column, Index columns, float* panel) {
-  const Index nr = table().nr_f32, rows = std::min<Index>(nr, w.rows() - row);
+inline void load_panel(In<float> w, Index row, Index column, Index columns, float* panel,
+                       Index nr = table().nr_f32) {
+  const Index rows = std::min(nr, w.rows() - row);
   if (rows < nr) std::memset(panel, 0, static_cast<std::size_t>(columns * nr) * sizeof(float));
   const float* from = w.data() + row * w.outerStride() + column;
   const auto at = [&](Index lane, Index p) { return from + lane * w.outerStride() + p; };
-  each_turned(rows, columns, [&](Index lane, Index p, Index i) { panel[i] = *at(lane, p); }, at);
+  each_turned(
+      nr, rows, columns, [&](Index lane, Index p, Index i) { panel[i] = *at(lane, p); }, at);
 }
 
 // A matrix as left operand of the tile: slices of mr columns, zero past the end, cut into parts of
@@ -47,14 +48,17 @@ inline void load_panel(In<float> w, Index row, Index column, Index columns, floa
 class LeftSlices {
  public:
   // at(p, i): the matrix, in memory one after the other along i, or turned, along p. room: where
-  // floats() of them may lie as long as this lives; null: it has its own.
+  // floats() of them may lie as long as this lives; null: it has its own. kernels: whose tile takes
+  // them.
   template <class At>
-  LeftSlices(Index rows, Index columns, const At& at, bool turned = false, float* room = nullptr)
-      : mr_(table().mr_f32),
+  LeftSlices(Index rows, Index columns, const At& at, bool turned = false, float* room = nullptr,
+             const Table& kernels = table())
+      : kernels_(&kernels),
+        mr_(kernels.mr_f32),
         chain_(chain_columns()),
         rows_(rows),
         slices_(ceil_div(columns, mr_)),
-        own_(room == nullptr ? floats(rows, columns) : 0),
+        own_(room == nullptr ? floats(rows, columns, kernels) : 0),
         data_(room == nullptr ? own_.get() : room) {
     const Index band = turned ? chain_ : 16;  // rows at a time, as they lie in memory
     parallel_for(ceil_div(rows, band), [&](Index task) {
@@ -72,18 +76,19 @@ class LeftSlices {
       }
     });
   }
-  static Index floats(Index rows, Index columns) {
-    return rows * ceil_div(columns, table().mr_f32) * table().mr_f32;
+  static Index floats(Index rows, Index columns, const Table& kernels = table()) {
+    return rows * ceil_div(columns, kernels.mr_f32) * kernels.mr_f32;
   }
+  const Table& kernels() const { return *kernels_; }
   Index slices() const { return slices_; }
   Index mr() const { return mr_; }
 
   // c [mr][nr] += rows [from, to) of slice s times right [to - from][nr].
   void add(Index s, Index from, Index to, const float* right, float* c) const {
-    const Index nr = table().nr_f32;
+    const Index nr = kernels_->nr_f32;
     while (from < to) {
       const Index end = std::min(to, (from / chain_ + 1) * chain_);
-      table().tile_f32(end - from, data_ + offset(from, s), mr_, right, c, nr);
+      kernels_->tile_f32(end - from, data_ + offset(from, s), mr_, right, c, nr);
       right += (end - from) * nr;
       from = end;
     }
@@ -95,6 +100,7 @@ class LeftSlices {
     return (part * slices_ + s * std::min(chain_, rows_ - part) + p - part) * mr_;
   }
 
+  const Table* kernels_;
   Index mr_, chain_, rows_, slices_;
   Buffer<float> own_;
   float* data_;
@@ -113,7 +119,7 @@ inline Index panels_of_task(Index panels, Index most) {
 template <class Right, class C>
 inline void multiply(const LeftSlices& left, Index k, Index panels, Index first, const Right& right,
                      const C& c) {
-  const Index nr = table().nr_f32, mr = left.mr(), chain = chain_columns();
+  const Index nr = left.kernels().nr_f32, mr = left.mr(), chain = chain_columns();
   for (Index p = 0; p < k; p += chain)
     for (Index panel = 0; panel < panels; ++panel)
       for (Index s = std::max<Index>(p - first, 0) / mr; s < left.slices(); ++s)

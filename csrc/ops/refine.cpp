@@ -25,8 +25,9 @@ class RefinePanel {
   RefinePanel(In<float> w, In<float> steps, In<float> scales, In<float> zeros,
               In<std::uint8_t> codes, const FitSettings& settings, const FitOptions& options,
               const LeftSlices& h, Index row)
-      : nr_(table().nr_f32),
-        mr_(table().mr_f32),
+      : kernels_(h.kernels()),
+        nr_(kernels_.nr_f32),
+        mr_(kernels_.mr_f32),
         k_(w.cols()),
         group_(settings.group),
         groups_(scales.cols()),
@@ -34,7 +35,7 @@ class RefinePanel {
         widest_(std::min(std::max<Index>(block_, 1) * group_, k_)),
         rows_(std::min(nr_, w.rows() - row)),
         options_(options),
-        steps_(steps, settings, row),
+        steps_(steps, settings, row, nr_),
         h_(h),
         w_(k_ * nr_),
         level_(k_ * nr_, true),
@@ -50,7 +51,7 @@ class RefinePanel {
         gain_(nr_),
         loss_(nr_, true) {
     for (std::vector<bool>& rows : resting_) rows.resize(static_cast<std::size_t>(nr_));
-    load_panel(w, row, 0, k_, w_.get());
+    load_panel(w, row, 0, k_, w_.get(), nr_);
     for (Index lane = 0; lane < nr_; ++lane) {
       active_[lane] = lane < rows_ ? 1.0F : 0.0F;
       for (Index g = 0; g < groups_; ++g) {
@@ -91,7 +92,7 @@ class RefinePanel {
       b.d = d_.get();
       b.gain = gain_.get();
       bool moved = false;
-      table().descend(b, &moved);
+      kernels_.descend(b, &moved);
       if (moved) spread(first, columns, first / mr_, ceil_div(first + columns, mr_));
     }
   }
@@ -189,7 +190,7 @@ class RefinePanel {
     r.d = d_.get();
     r.gain = gain_.get();
     bool moved = false;
-    table().rescale(r, &moved);
+    kernels_.rescale(r, &moved);
     if (moved) spread(first, columns, 0, 0);
   }
 
@@ -225,6 +226,7 @@ class RefinePanel {
       if (s < skip || s >= resume) h_.add(s, first, first + columns, d_.get(), g_ + s * mr_ * nr_);
   }
 
+  const Table& kernels_;
   Index nr_, mr_, k_, group_, groups_, block_, widest_, rows_;
   FitOptions options_;
   PanelSteps steps_;
@@ -241,7 +243,7 @@ void refine(In<float> w, In<double> h, InVec<std::uint8_t> dead, double damping,
             const FitSettings& settings, const std::string& pattern, double tolerance,
             Out<float> steps, Out<float> scales, Out<float> zeros, Out<std::uint8_t> codes,
             OutVec<double> loss) {
-  const Index n = w.rows(), k = w.cols(), nr = table().nr_f32;
+  const Index n = w.rows(), k = w.cols();
   require_square("refine", k, h);
   require_codes("refine", n, k, settings.group, scales, zeros);
   require_scales("refine", scales);
@@ -271,7 +273,9 @@ void refine(In<float> w, In<double> h, InVec<std::uint8_t> dead, double damping,
   for (Index i = 0; i < k; ++i)
     require(damped(i, i) > 0.0F, "[refine] H must have a positive diagonal, got ", damped(i, i),
             " at ", i);
-  const LeftSlices left(k, k, damped);
+  const Table& kernels = table_of(n, thread_count());
+  const Index nr = kernels.nr_f32;
+  const LeftSlices left(k, k, damped, false, nullptr, kernels);
   Buffer<float> diagonal(k * kBlock, true);  // of the blocks of a descent
   for (Index i = 0; i < k; ++i)
     for (Index j = i / kBlock * kBlock; j < std::min(k, (i / kBlock + 1) * kBlock); ++j)

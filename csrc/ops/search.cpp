@@ -32,15 +32,17 @@ std::vector<Index> group_starts(Index k, Index group, InVec<std::int32_t> order)
 }
 
 struct Panel {
+  const Table& kernels;
   SweepPanel sweep;
   PanelSteps steps;
   Buffer<float> e, u, low, high, scale, zero, best_scale, best_zero, best;
   std::vector<const float*> scales, zeros;
 
   Panel(In<float> w, In<float> r, InVec<std::int32_t> order, const FitSettings& settings,
-        In<float> steps_in, Index row, Index widest)
-      : sweep(w, r, order, row, widest),
-        steps(steps_in, settings, row),
+        In<float> steps_in, Index row, Index widest, const Table& table)
+      : kernels(table),
+        sweep(w, r, order, row, widest, table),
+        steps(steps_in, settings, row, table.nr_f32),
         e(widest * sweep.nr()),
         u(widest * sweep.nr()),
         low(sweep.nr()),
@@ -63,12 +65,12 @@ struct Panel {
     const Index nr = sweep.nr();
     sweep.run(block, scales.data(), zeros.data(), {}, true, e.get(), [] { return true; });
     for (Index i = 0; i < block.columns * nr; ++i) u[i] = sweep.w()[i] - e[i];
-    table().span(block.columns, u.get(), low.get(), high.get());
+    kernels.span(block.columns, u.get(), low.get(), high.get());
   }
 
   void try_candidate(const SweepBlock& block, const FitOptions& options, Index i) {
     const Index nr = sweep.nr();
-    table().candidate(options, low.get(), high.get(), i, scale.get(), zero.get());
+    kernels.candidate(options, low.get(), high.get(), i, scale.get(), zero.get());
     use(scale, zero);
     const float* loss = sweep.block_loss();
     sweep.run(block, scales.data(), zeros.data(), options.coding, false, e.get(), [&] {
@@ -103,8 +105,9 @@ void gptq_search(In<float> w, In<float> r, InVec<std::int32_t> order, const FitS
   const Index per_factor =
       options.symmetric ? (options.negative ? 2 : 1) : 2 * options.zero_span + 1;
   const Index candidates = factors.size() * per_factor;
+  const Table& kernels = table_of(n, thread_count());
   const auto make = [&](Index row) {
-    return Panel(w, r, order, settings, steps, row, std::min(group, k));
+    return Panel(w, r, order, settings, steps, row, std::min(group, k), kernels);
   };
   const auto step = [&](Panel& panel, const SweepBlock& block) {
     const Index g = order[block.first] / group;
@@ -121,9 +124,10 @@ void gptq_search(In<float> w, In<float> r, InVec<std::int32_t> order, const FitS
       zeros(panel.sweep.row() + lane, g) = panel.best_zero[lane];
     }
   };
-  const std::vector<SweepBlock> blocks =
-      sweep_blocks(k, group_starts(k, group, order), [&](Index p, Index i) { return r(p, i); });
-  sweep(n, blocks, loss, make, step);
+  const std::vector<SweepBlock> blocks = sweep_blocks(
+      k, group_starts(k, group, order), [&](Index p, Index i) { return r(p, i); }, false, nullptr,
+      kernels);
+  sweep(n, kernels.nr_f32, blocks, loss, make, step);
 }
 
 }  // namespace bitwright

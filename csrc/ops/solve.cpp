@@ -17,8 +17,8 @@ struct Panel {
   Buffer<float> scale, zero;  // [group][nr]
 
   Panel(In<float> w, In<float> r, InVec<std::int32_t> order, In<float> scales, In<float> zeros,
-        Index row)
-      : sweep(w, r, order, row, kBlock),
+        Index row, const Table& kernels)
+      : sweep(w, r, order, row, kBlock, kernels),
         scale(scales.cols() * sweep.nr()),
         zero(scales.cols() * sweep.nr(), true) {
     const Index nr = sweep.nr();
@@ -40,10 +40,12 @@ void gptq(In<float> w, In<float> r, InVec<std::int32_t> order, In<float> scales,
   require_scales("gptq", scales);
   require_sweep("gptq", w, r, order, grid, codes, loss);
   const GridLevels levels(grid);
-  const auto make = [&](Index row) { return Panel(w, r, order, scales, zeros, row); };
-  const std::vector<SweepBlock> blocks =
-      sweep_blocks(k, even_starts(k, kBlock), [&](Index p, Index i) { return r(p, i); });
-  sweep(n, blocks, loss, make, [&](Panel& panel, const SweepBlock& block) {
+  const Table& kernels = table_of(n, thread_count());
+  const auto make = [&](Index row) { return Panel(w, r, order, scales, zeros, row, kernels); };
+  const std::vector<SweepBlock> blocks = sweep_blocks(
+      k, even_starts(k, kBlock), [&](Index p, Index i) { return r(p, i); }, false, nullptr,
+      kernels);
+  sweep(n, kernels.nr_f32, blocks, loss, make, [&](Panel& panel, const SweepBlock& block) {
     const float *scale[kBlock], *zero[kBlock];
     for (Index p = 0; p < block.columns; ++p) {
       const Index at = order[block.first + p] / group * panel.sweep.nr();

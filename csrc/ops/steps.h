@@ -31,8 +31,8 @@ inline void require_steps(const char* op, const FitSettings& s, Index n, Index g
 // The steps of the rows of a panel, [block][nr] of scales, then of offsets; 1 past the end.
 class PanelSteps {
  public:
-  PanelSteps(In<float> steps, const FitSettings& s, Index row)
-      : nr_(table().nr_f32),
+  PanelSteps(In<float> steps, const FitSettings& s, Index row, Index nr = table().nr_f32)
+      : nr_(nr),
         block_(s.block),
         blocks_(steps.cols() / (s.grid.offset ? 2 : 1)),
         offset_(s.grid.offset),

@@ -21,16 +21,17 @@ struct SweepBlock {
 };
 
 // r(p, i): entries of an upper triangular k x k matrix; starts: first columns of the blocks; room,
-// turned: of LeftSlices, for all blocks.
+// turned, kernels: of LeftSlices, for all blocks.
 template <class At>
 std::vector<SweepBlock> sweep_blocks(Index k, const std::vector<Index>& starts, const At& r,
-                                     bool turned = false, float* room = nullptr) {
+                                     bool turned = false, float* room = nullptr,
+                                     const Table& kernels = table()) {
   std::vector<SweepBlock> blocks;
   for (std::size_t b = 0; b < starts.size(); ++b) {
     const Index first = starts[b], end = b + 1 < starts.size() ? starts[b + 1] : k;
     const auto at = [&](Index p, Index i) { return r(p, first + i); };
-    blocks.push_back({first, end - first, LeftSlices(end, end - first, at, turned, room)});
-    if (room != nullptr) room += LeftSlices::floats(end, end - first);
+    blocks.push_back({first, end - first, LeftSlices(end, end - first, at, turned, room, kernels)});
+    if (room != nullptr) room += LeftSlices::floats(end, end - first, kernels);
   }
   return blocks;
 }
@@ -43,8 +44,10 @@ inline std::vector<Index> even_starts(Index k, Index block) {
 
 class SweepPanel {
  public:
-  SweepPanel(In<float> w, In<float> r, InVec<std::int32_t> order, Index row, Index widest)
-      : nr_(table().nr_f32),
+  SweepPanel(In<float> w, In<float> r, InVec<std::int32_t> order, Index row, Index widest,
+             const Table& kernels)
+      : kernels_(kernels),
+        nr_(kernels.nr_f32),
         row_(row),
         rows_(std::min(nr_, w.rows() - row)),
         w_in_(w),
@@ -52,8 +55,8 @@ class SweepPanel {
         order_(order),
         error_(r.cols() * nr_),
         w_(widest * nr_, true),
-        a_((widest + table().mr_f32) * nr_),
-        slice_(table().mr_f32 * nr_),
+        a_((widest + kernels.mr_f32) * nr_),
+        slice_(kernels.mr_f32 * nr_),
         codes_(widest * nr_),
         block_loss_(nr_),
         loss_(nr_, true) {}
@@ -99,7 +102,7 @@ class SweepPanel {
       f.open = open;
       f.codes = codes_ + c * nr_;
       f.loss = block_loss_.get();
-      table().feedback(f);
+      kernels_.feedback(f);
       if (!go_on()) return;
     }
   }
@@ -118,6 +121,7 @@ class SweepPanel {
   }
 
  private:
+  const Table& kernels_;
   Index nr_, row_, rows_;
   In<float> w_in_, r_;
   InVec<std::int32_t> order_;
@@ -129,10 +133,10 @@ class SweepPanel {
 
 // Block after block for the panels of a task, so that R's slices serve them from cache.
 template <class Make, class Step>
-void sweep(Index n, const std::vector<SweepBlock>& blocks, OutVec<double> loss, const Make& make,
-           const Step& step) {
+void sweep(Index n, Index nr, const std::vector<SweepBlock>& blocks, OutVec<double> loss,
+           const Make& make, const Step& step) {
   constexpr Index kPanelsPerTask = 4;
-  const Index nr = table().nr_f32, each = panels_of_task(ceil_div(n, nr), kPanelsPerTask);
+  const Index each = panels_of_task(ceil_div(n, nr), kPanelsPerTask);
   parallel_for(ceil_div(n, nr * each), [&](Index task) {
     std::vector<decltype(make(Index{0}))> panels;
     const Index end = std::min(n, (task + 1) * nr * each);

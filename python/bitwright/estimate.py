@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitwright import registry, trial
+from bitwright import ops, registry, trial
 from bitwright.calib import attention
 from bitwright.calib.stats import StatsCollector
 from bitwright.job import Job
@@ -37,7 +37,6 @@ from bitwright.transforms import awq
 PRODUCTS = 1e10  # multiply-adds of one measured product
 COLUMNS = 4096
 SOLVED = 4096
-PANEL = 16  # rows that a thread solves at a time
 ROUNDING = 40e-9  # seconds per weight and thread of plain rounding and what is around it
 
 
@@ -185,17 +184,22 @@ class Estimate:
         return total
 
     def _rows(self, block: int, target: Target) -> int:
-        """Rows of a matrix; where those of its heads are solved in turn, a panel per thread and
-        turn at least."""
-        rows, role = target.shape[0], ",".join(target.linear.roles)
-        if role not in ("attn.q", "attn.k") or not solver_options(self.job.recipe).get("coupled"):
+        """Rows of a matrix; where those of its heads are solved in turn, its share of the rows that
+        would keep all threads as long: whole panels, as many on each."""
+        rows, heads = target.shape[0], self.job.heads(block)
+        coupled = heads is not None and solver_options(self.job.recipe).get("coupled")
+        count = {"attn.q": heads.queries, "attn.k": heads.keys} if heads and coupled else {}
+        if ",".join(target.linear.roles) not in count:
             return rows
-        heads = self.job.heads(block)
-        if heads is None:
-            return rows
-        count = {"attn.q": heads.queries, "attn.k": heads.keys}
-        least = PANEL * self.job.threads
-        return -(-count[role] // least) * least * (rows // count[role])
+        group = next(g for g in self.job.arch.groups if target.linear in g.linears)
+        turn = sum(
+            count.get(",".join(other.linear.roles), 0)
+            for other in self.job.wanted(block, group)
+            if other.scheme == target.scheme
+        )
+        lanes = int(ops.panel_rows(turn)) * self.job.threads
+        busy = -(-turn // lanes) * lanes
+        return -(-rows * busy // turn)
 
     def _solved(self, group: Group, target: Target) -> trial.Solved:
         k, scheme = target.shape[1], target.scheme

@@ -58,6 +58,7 @@ from bitwright.ops.threads import available_cpus as available_cpus
 from bitwright.ops.threads import isa as isa
 from bitwright.ops.threads import levels as levels
 from bitwright.ops.threads import multiplies_bf16 as multiplies_bf16
+from bitwright.ops.threads import panel_rows as panel_rows
 from bitwright.ops.threads import resolve_threads as resolve_threads
 from bitwright.ops.threads import set_threads as set_threads
 from bitwright.ops.threads import threads as threads

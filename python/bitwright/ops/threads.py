@@ -12,6 +12,7 @@ isa = _core.isa
 levels = _core.levels
 multiplies_bf16 = _core.multiplies_bf16
 threads = _core.threads
+panel_rows = _core.panel_rows  # that a thread solves at a time, of a matrix of so many
 
 
 def available_cpus() -> int:
