@@ -44,8 +44,8 @@ inline void descend_block(const DescentBlock& block, bool* moved) {
       store(total, load<VF>(total) + (better ? gain : bottom));
       here |= better;
     }
-    if (!any(here)) continue;
-    *moved = true;
+    moved[p] = any(here);
+    if (!moved[p]) continue;
     for (std::int64_t j = 0; j < block.columns; ++j) {
       const VF factor = broadcast<VF>(h[j]);
       float* g = block.g + j * kNrF32;

@@ -23,6 +23,15 @@ void tile_f32(std::int64_t k, const float* a, std::int64_t lda, const float* b, 
   tile<VF, kMrF32>(k, a, lda, b, c, ldc);
 }
 
+void tile_f32_of(std::int64_t k, const std::int32_t* rows, const float* a, std::int64_t lda,
+                 const float* b, float* c, std::int64_t ldc) {
+  VF sum[kMrF32][kVectors];
+  load_tile<VF, kMrF32>(sum, c, ldc);
+  for (std::int64_t p = 0; p < k; ++p)
+    add_products<VF, kMrF32>(sum, 1, a + rows[p] * lda, lda, b + p * kNrF32);
+  store_tile<VF, kMrF32>(sum, c, ldc);
+}
+
 void tile_f64(std::int64_t k, const double* a, std::int64_t lda, const double* b, double* c,
               std::int64_t ldc) {
   tile<VD, kMrF64>(k, a, lda, b, c, ldc);

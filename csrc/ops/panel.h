@@ -80,6 +80,7 @@ class LeftSlices {
     return rows * ceil_div(columns, kernels.mr_f32) * kernels.mr_f32;
   }
   const Table& kernels() const { return *kernels_; }
+  Index rows() const { return rows_; }
   Index slices() const { return slices_; }
   Index mr() const { return mr_; }
 
@@ -91,6 +92,19 @@ class LeftSlices {
       kernels_->tile_f32(end - from, data_ + offset(from, s), mr_, right, c, nr);
       right += (end - from) * nr;
       from = end;
+    }
+  }
+
+  // The same for the rows [at, end) of numbers that ascend, in the place of a range.
+  void add(Index s, const std::int32_t* at, const std::int32_t* end, const float* right,
+           float* c) const {
+    const Index nr = kernels_->nr_f32;
+    while (at < end) {
+      const Index part = *at / chain_ * chain_;
+      const std::int32_t* next = std::lower_bound(at, end, part + chain_);
+      kernels_->tile_f32_of(next - at, at, data_ + offset(part, s) - part * mr_, mr_, right, c, nr);
+      right += (next - at) * nr;
+      at = next;
     }
   }
 

@@ -2,7 +2,7 @@
 // order. Kept for every column: level l = c - z (of offsets l = c) and g = (w - q) H_d, so that the
 // gain of a step is known without a product. A block of columns (c) or a group (l) is revised by
 // the kernel; its changes then go to the other columns of g as tiles. Every g_j is one chain over
-// the steps in their order.
+// the steps in their order, so blocks, spans and panels that go together change no bit.
 #include <algorithm>
 #include <cmath>
 #include <string>
@@ -18,7 +18,9 @@ namespace bitwright {
 
 namespace {
 
-constexpr Index kBlock = 24;  // a multiple of every mr
+constexpr Index kBlock = 24;         // a multiple of every mr
+constexpr Index kSpan = 192;         // a multiple of kBlock
+constexpr Index kPanelsPerTask = 2;  // at most, that share H as it comes from memory
 
 class RefinePanel {
  public:
@@ -36,11 +38,13 @@ class RefinePanel {
         rows_(std::min(nr_, w.rows() - row)),
         options_(options),
         steps_(steps, settings, row, nr_),
+        row_(row),
+        w_(w),
         h_(h),
-        w_(k_ * nr_),
         level_(k_ * nr_, true),
         g_(ceil_div(k_, mr_) * mr_ * nr_, true),
         d_(std::max(kBlock, widest_) * nr_),
+        changes_(std::min(kSpan, k_) * nr_),
         scratch_((widest_ + 2 * mr_) * nr_),
         multiple_(block_ > 0 ? widest_ * nr_ : 0),
         minus_(std::min(group_, k_) * nr_),
@@ -51,7 +55,6 @@ class RefinePanel {
         gain_(nr_),
         loss_(nr_, true) {
     for (std::vector<bool>& rows : resting_) rows.resize(static_cast<std::size_t>(nr_));
-    load_panel(w, row, 0, k_, w_.get(), nr_);
     for (Index lane = 0; lane < nr_; ++lane) {
       active_[lane] = lane < rows_ ? 1.0F : 0.0F;
       for (Index g = 0; g < groups_; ++g) {
@@ -69,78 +72,62 @@ class RefinePanel {
     remaining();
   }
 
-  // One sweep of coordinate descent.
-  void descend(const float* diagonal) {
-    std::fill(gain_.get(), gain_ + nr_, 0.0F);
-    for (Index first = 0; first < k_; first += kBlock) {
-      const Index columns = std::min(kBlock, k_ - first);
-      const float *scale[kBlock], *zero[kBlock];
-      for (Index p = 0; p < columns; ++p) {
-        scale[p] = scale_ + (first + p) / group_ * nr_;
-        zero[p] = zero_ + (first + p) / group_ * nr_;
-      }
-      DescentBlock b{};
-      b.columns = columns;
-      b.h = diagonal + first * kBlock;
-      b.ldh = kBlock;
-      b.scale = scale;
-      b.zero = zero;
-      b.coding = options_.coding;
-      b.active = active_.get();
-      b.level = level_ + first * nr_;
-      b.g = g_ + first * nr_;
-      b.d = d_.get();
-      b.gain = gain_.get();
-      bool moved = false;
-      kernels_.descend(b, &moved);
-      if (moved) spread(first, columns, first / mr_, ceil_div(first + columns, mr_));
+  void begin() { std::fill(gain_.get(), gain_ + nr_, 0.0F); }
+
+  // Coordinate descent over the columns of a span, whose own g follows.
+  void descend(Index begin, Index end, const float* diagonal) {
+    changed_ = {};
+    for (Index first = begin; first < end; first += kBlock) {
+      const Index known = Index(changed_.some.size()), next = std::min(first + kBlock, end);
+      descend_block(first, next - first, diagonal);
+      for (Index s = begin / mr_; s < ceil_div(end, mr_); ++s)
+        if (s < first / mr_ || s >= ceil_div(next, mr_)) add(s, known);
     }
   }
 
-  // One pass of least squares: the scale of each group and its offset, then the steps of each
-  // block.
-  void rescale() {
-    std::fill(gain_.get(), gain_ + nr_, 0.0F);
-    for (Index g = 0; g < groups_; ++g) {
-      const Index first = g * group_, columns = std::min(group_, k_ - first);
-      const FitOptions here = steps_.at(options_, g);
-      revise(first, columns, level_ + first * nr_, {here.grid, here.step, false}, scale_ + g * nr_);
-      if (options_.coding.offset)
-        revise(first, columns, minus_.get(), {here.grid, here.offset_step, true},
-               offset_ + g * nr_);
-    }
-    for (Index b = 0; b < steps_.blocks(); ++b) {
-      revise_step(b, scale_.get(), steps_.scale(b), false);
-      if (options_.coding.offset) revise_step(b, offset_.get(), steps_.offset(b), true);
-    }
+  // Least squares: the scale of a group, its offset, the step of a block.
+  void rescale(Index g) {
+    const Index first = g * group_, columns = std::min(group_, k_ - first);
+    const FitOptions here = steps_.at(options_, g);
+    revise(first, columns, level_ + first * nr_, {here.grid, here.step, false}, scale_ + g * nr_);
   }
+  void shift(Index g) {
+    const Index first = g * group_, columns = std::min(group_, k_ - first);
+    const FitOptions here = steps_.at(options_, g);
+    revise(first, columns, minus_.get(), {here.grid, here.offset_step, true}, offset_ + g * nr_);
+  }
+  void rescale_block(Index b) { revise_step(b, scale_.get(), steps_.scale(b), false); }
+  void shift_block(Index b) { revise_step(b, offset_.get(), steps_.offset(b), true); }
+
+  // g += d H in slice s for the changes d of the last step.
+  void follow(Index s) { add(s, 0); }
 
   // Losses after a pass. A row rests after a descent that, like its last rescale, gained little.
-  bool go_on(bool scales, double tolerance) {
-    bool any = false;
+  void rest(bool scales, double tolerance) {
     for (Index lane = 0; lane < rows_; ++lane) {
       const double gain = static_cast<double>(gain_[lane]);
       resting_[scales ? 1 : 0][std::size_t(lane)] = gain <= tolerance * loss_[lane];
       loss_[lane] -= gain;
       if (!scales && resting_[0][std::size_t(lane)] && resting_[1][std::size_t(lane)])
         active_[lane] = 0.0F;
-      any |= active_[lane] > 0.0F;
     }
-    return any;
+  }
+  bool active() const {
+    return std::any_of(active_.get(), active_ + nr_, [](float lane) { return lane > 0.0F; });
   }
 
-  void finish(Index row, Out<float> steps, Out<float> scales, Out<float> zeros,
-              Out<std::uint8_t> codes, OutVec<double> loss) {
+  void finish(Out<float> steps, Out<float> scales, Out<float> zeros, Out<std::uint8_t> codes,
+              OutVec<double> loss) {
     remaining();
     for (Index lane = 0; lane < rows_; ++lane) {
-      loss[row + lane] = loss_[lane];
-      for (Index b = 0; b < steps.cols(); ++b) steps(row + lane, b) = steps_.scale(b)[lane];
+      loss[row_ + lane] = loss_[lane];
+      for (Index b = 0; b < steps.cols(); ++b) steps(row_ + lane, b) = steps_.scale(b)[lane];
       for (Index g = 0; g < groups_; ++g) {
-        scales(row + lane, g) = scale_[g * nr_ + lane];
-        if (options_.coding.offset) zeros(row + lane, g) = offset_[g * nr_ + lane];
+        scales(row_ + lane, g) = scale_[g * nr_ + lane];
+        if (options_.coding.offset) zeros(row_ + lane, g) = offset_[g * nr_ + lane];
       }
       for (Index j = 0; j < k_; ++j)
-        codes(row + lane, j) = code_of(level_[j * nr_ + lane], zero_[j / group_ * nr_ + lane]);
+        codes(row_ + lane, j) = code_of(level_[j * nr_ + lane], zero_[j / group_ * nr_ + lane]);
     }
   }
 
@@ -158,11 +145,12 @@ class RefinePanel {
   }
 
   void errors(float* e) const {
-    for (Index j = 0; j < k_; ++j)
+    load_panel(w_, row_, 0, k_, e, nr_);
+    for (Index j = 0; j < k_; ++j) {
+      const float *scale = scale_ + j / group_ * nr_, *offset = offset_ + j / group_ * nr_;
       for (Index lane = 0; lane < nr_; ++lane)
-        e[j * nr_ + lane] =
-            w_[j * nr_ + lane] - (level_[j * nr_ + lane] * scale_[j / group_ * nr_ + lane] -
-                                  offset_[j / group_ * nr_ + lane]);
+        e[j * nr_ + lane] -= level_[j * nr_ + lane] * scale[lane] - offset[lane];
+    }
   }
 
   struct Stored {
@@ -191,7 +179,7 @@ class RefinePanel {
     r.gain = gain_.get();
     bool moved = false;
     kernels_.rescale(r, &moved);
-    if (moved) spread(first, columns, 0, 0);
+    changed_ = {first, moved ? first + columns : first, {}};
   }
 
   // The step of a block's scales (or offsets), the multiples of it as they are.
@@ -215,26 +203,106 @@ class RefinePanel {
     Buffer<float> e(k_ * nr_);
     errors(e.get());
     std::fill(loss_.get(), loss_ + nr_, 0.0);
-    for (Index i = 0; i < k_ * nr_; ++i)
-      loss_[i % nr_] += static_cast<double>(e[i]) * static_cast<double>(g_[i]);
+    for (Index i = 0; i < k_ * nr_; i += nr_)
+      for (Index lane = 0; lane < nr_; ++lane)
+        loss_[lane] += static_cast<double>(e[i + lane]) * static_cast<double>(g_[i + lane]);
     for (Index lane = 0; lane < nr_; ++lane) loss_[lane] = std::max(loss_[lane], 0.0);
   }
 
-  // g += d H for the changes d of these columns, except in the slices [skip, resume).
-  void spread(Index first, Index columns, Index skip, Index resume) {
-    for (Index s = 0; s < h_.slices(); ++s)
-      if (s < skip || s >= resume) h_.add(s, first, first + columns, d_.get(), g_ + s * mr_ * nr_);
+  void descend_block(Index first, Index columns, const float* diagonal) {
+    const float *scale[kBlock], *zero[kBlock];
+    for (Index p = 0; p < columns; ++p) {
+      scale[p] = scale_ + (first + p) / group_ * nr_;
+      zero[p] = zero_ + (first + p) / group_ * nr_;
+    }
+    DescentBlock b{};
+    b.columns = columns;
+    b.h = diagonal + first * kBlock;
+    b.ldh = kBlock;
+    b.scale = scale;
+    b.zero = zero;
+    b.coding = options_.coding;
+    b.active = active_.get();
+    b.level = level_ + first * nr_;
+    b.g = g_ + first * nr_;
+    b.d = d_.get();
+    b.gain = gain_.get();
+    bool moved[kBlock];
+    kernels_.descend(b, moved);
+    for (Index p = 0; p < columns; ++p) {
+      if (!moved[p]) continue;
+      std::copy_n(d_ + p * nr_, nr_, changes_ + Index(changed_.some.size()) * nr_);
+      changed_.some.push_back(static_cast<std::int32_t>(first + p));
+    }
+  }
+
+  // Columns that the last step changed: a range, whose changes are d, or some, whose are `changes`.
+  struct Changed {
+    Index first, end;
+    std::vector<std::int32_t> some;
+  };
+
+  void add(Index s, Index known) {
+    float* g = g_ + s * mr_ * nr_;
+    const std::int32_t *some = changed_.some.data(), *end = some + changed_.some.size();
+    h_.add(s, changed_.first, changed_.end, d_.get(), g);
+    h_.add(s, some + known, end, changes_ + known * nr_, g);
   }
 
   const Table& kernels_;
   Index nr_, mr_, k_, group_, groups_, block_, widest_, rows_;
   FitOptions options_;
   PanelSteps steps_;
+  Index row_;
+  In<float> w_;
   const LeftSlices& h_;
-  Buffer<float> w_, level_, g_, d_, scratch_, multiple_, minus_, scale_, zero_, offset_, active_,
-      gain_;
+  Buffer<float> level_, g_, d_, changes_, scratch_, multiple_, minus_, scale_, zero_, offset_,
+      active_, gain_;
   Buffer<double> loss_;
   std::vector<bool> resting_[2];
+  Changed changed_{};
+};
+
+// Panels that take their steps together: slice by slice, H comes from memory once for all of them.
+class RefineTask {
+ public:
+  RefineTask(const LeftSlices& h, const float* diagonal) : h_(h), diagonal_(diagonal) {}
+
+  void descend(const std::vector<RefinePanel*>& panels) const {
+    const Index k = h_.rows(), mr = h_.mr();
+    for (Index begin = 0; begin < k; begin += kSpan) {
+      const Index end = std::min(k, begin + kSpan);
+      each(panels, begin / mr, ceil_div(end, mr),
+           [&](RefinePanel& panel) { panel.descend(begin, end, diagonal_); });
+    }
+  }
+
+  // The scale of each group and its offset, then the steps of each block.
+  void rescale(const std::vector<RefinePanel*>& panels, Index groups, Index blocks,
+               bool offsets) const {
+    for (Index g = 0; g < groups; ++g) {
+      each(panels, 0, 0, [&](RefinePanel& panel) { panel.rescale(g); });
+      if (offsets) each(panels, 0, 0, [&](RefinePanel& panel) { panel.shift(g); });
+    }
+    for (Index b = 0; b < blocks; ++b) {
+      each(panels, 0, 0, [&](RefinePanel& panel) { panel.rescale_block(b); });
+      if (offsets) each(panels, 0, 0, [&](RefinePanel& panel) { panel.shift_block(b); });
+    }
+  }
+
+ private:
+  // A step of each panel; then g of each follows, but in the slices [skip, resume).
+  template <class Step>
+  void each(const std::vector<RefinePanel*>& panels, Index skip, Index resume,
+            const Step& step) const {
+    for (RefinePanel* panel : panels) step(*panel);
+    for (Index s = 0; s < h_.slices(); ++s)
+      if (s < skip || s >= resume)
+        for (RefinePanel* panel : panels) panel->follow(s);
+  }
+
+  const LeftSlices& h_;
+  const float* diagonal_;
 };
 
 }  // namespace
@@ -280,13 +348,26 @@ void refine(In<float> w, In<double> h, InVec<std::uint8_t> dead, double damping,
   for (Index i = 0; i < k; ++i)
     for (Index j = i / kBlock * kBlock; j < std::min(k, (i / kBlock + 1) * kBlock); ++j)
       diagonal[i * kBlock + j % kBlock] = damped(i, j);
-  parallel_for(ceil_div(n, nr), [&](Index panel) {
-    RefinePanel rows(w, steps, scales, zeros, codes, settings, options, left, panel * nr);
+  const RefineTask task(left, diagonal.get());
+  const Index each = panels_of_task(ceil_div(n, nr), kPanelsPerTask);
+  parallel_for(ceil_div(n, nr * each), [&](Index number) {
+    std::vector<RefinePanel> panels;
+    const Index end = std::min(n, (number + 1) * nr * each);
+    for (Index row = number * nr * each; row < end; row += nr)
+      panels.emplace_back(w, steps, scales, zeros, codes, settings, options, left, row);
     for (const char pass : pattern) {
-      pass == 'c' ? rows.descend(diagonal.get()) : rows.rescale();
-      if (!rows.go_on(pass == 'l', tolerance)) break;
+      std::vector<RefinePanel*> active;
+      for (RefinePanel& panel : panels)
+        if (panel.active()) active.push_back(&panel);
+      for (RefinePanel* panel : active) panel->begin();
+      if (pass == 'c')
+        task.descend(active);
+      else
+        task.rescale(active, scales.cols(), steps.cols() / (options.coding.offset ? 2 : 1),
+                     options.coding.offset);
+      for (RefinePanel* panel : active) panel->rest(pass == 'l', tolerance);
     }
-    rows.finish(panel * nr, steps, scales, zeros, codes, loss);
+    for (RefinePanel& panel : panels) panel.finish(steps, scales, zeros, codes, loss);
   });
 }
 
