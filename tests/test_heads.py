@@ -23,6 +23,7 @@ from bitwright.job import open_job
 from bitwright.sizes import Sizes
 from bitwright.solvers import gptq
 from bitwright.spec import Heads, Held, InputError, QTensor, Recipe
+from bitwright.spool import Spool
 from problems import hessian, rng, stats, weights
 
 QUERIES, KEYS, WIDTH, REACH = 6, 2, 16, 64
@@ -131,10 +132,11 @@ def test_each_row_is_solved_for_its_target():
 
 
 @pytest.mark.parametrize("name", [*NAMES, "int4-tensor"])
-@pytest.mark.parametrize("alpha", [0.0, "auto"])
+@pytest.mark.parametrize("alpha", [0.0, "auto", 0.25])  # the last with an H that has no factor
 def test_matrices_solved_at_once_are_those_solved_alone(name, alpha):
     """Reports too; scales of a whole matrix, shares of the drift and fallbacks are each its own."""
-    scheme, given = schemes.parse(name), stats(H)
+    bad = np.eye(K) - 1e6 * np.eye(K)[::-1]
+    scheme, given = schemes.parse(name), stats(bad if alpha == 0.25 else H)
     C = 0.3 * H * np.sign(rng("drift").standard_normal((K, K)))
     held = Held(0.5 * H, 0.2 * C, 0.4)
     given = replace(given, C=C, held=held) if alpha == "auto" else given
@@ -148,6 +150,7 @@ def test_matrices_solved_at_once_are_those_solved_alone(name, alpha):
         for field in ("codes", "scales", "zeros", "steps"):
             assert np.array_equal(getattr(q, field), getattr(alone, field))
         assert report == told
+        assert bool(report.fallback) == (alpha == 0.25) == (not report.coupled)
 
 
 def test_one_h_for_rows_in_turn():
@@ -252,23 +255,41 @@ def test_a_run_says_which_rows_were_coupled(tmp_path):
 def test_q_and_k_of_a_run_are_solved_at_once(tmp_path, monkeypatch):
     """The same bits as one after the other, and as k alone where q is finished already."""
     small = {"scheme": "int4-g64", "samples": 4, "length": 64}
-    turns, solve = [], gptq.solve_in_turn
+    turns, solve, save = [], gptq.solve_in_turn, Spool.save
     monkeypatch.setattr(
         gptq, "solve_in_turn", lambda W, *a, **o: turns.append(len(W)) or solve(W, *a, **o)
     )
-    bitwright.quantize(embedded_model(), out=tmp_path / "a", **small)
-    assert set(turns) == {2}
+
+    def result(name, **more):
+        bitwright.quantize(embedded_model(), out=tmp_path / name, **small, **more)
+        files = ("model.safetensors", "bitwright-report.json")
+        return [(tmp_path / name / file).read_bytes() for file in files]
+
+    want = result("a")
+    blocks = len(turns)
+    assert turns == [2] * blocks
     turns.clear()
-    monkeypatch.setattr(solving.BlockSolver, "_together", lambda _self, _group, one, _stats: [one])
-    bitwright.quantize(embedded_model(), out=tmp_path / "b", **small)
-    assert set(turns) == {1}
+    with monkeypatch.context() as patch:
+        patch.setattr(solving.BlockSolver, "_together", lambda _self, _group, one, _stats: [one])
+        assert result("b") == want
+    assert turns == [1] * 2 * blocks
+
+    def stopped(spool, name, done):
+        if name.endswith("k_proj"):
+            raise KeyboardInterrupt
+        save(spool, name, done)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Spool, "save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            result("c", work=tmp_path / "work")
+    turns.clear()
+    assert result("c", work=tmp_path / "work") == want
+    assert turns == [1] + [2] * (blocks - 1)
     monkeypatch.undo()
     mixed = [{"pattern": "*.k_proj", "bits": 8}]
-    report = bitwright.quantize(embedded_model(), out=tmp_path / "c", **small, overrides=mixed)
+    report = bitwright.quantize(embedded_model(), out=tmp_path / "d", **small, overrides=mixed)
     assert {x.name.rpartition(".")[2] for x in report.linears if x.coupled} == {"q_proj", "k_proj"}
-    for name in ("model.safetensors", "bitwright-report.json"):
-        one, other = (tmp_path / folder / name for folder in "ab")
-        assert one.read_bytes() == other.read_bytes()
 
 
 def test_column_scales_change_nothing_of_what_couples():
@@ -312,6 +333,12 @@ def test_the_plan_counts_panels_in_turns(threads, panel, rows, monkeypatch):
     assert found["attn.q"] == math.ceil(256 * rows / 12)
     assert found["attn.k"] == math.ceil(128 * rows / 12)
     assert found["attn.v"] == 128
+    tensor = open_job(embedded_model(), Recipe(scheme="int4-tensor"), threads=threads)
+    monkeypatch.setattr(ops, "panel_rows", {8: 8, 4: 4}.get)
+    estimate = Estimate(tensor, Sizes(tensor), rerun=False)
+    for name, busy in (("q_proj", 256), ("k_proj", 128)):
+        target = tensor.targets[f"model.layers.0.self_attn.{name}"]
+        assert estimate._rows(0, target) == busy * threads
     alone = open_job(embedded_model(), Recipe(effort="fast"), threads=threads)
     target = alone.targets["model.layers.0.self_attn.q_proj"]
     assert Estimate(alone, Sizes(alone), rerun=False)._rows(0, target) == 256

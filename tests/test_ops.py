@@ -241,7 +241,8 @@ def test_twin_gptq_search(bits: int, symmetric: bool) -> None:
 @pytest.mark.parametrize("pattern", ["c", "l", "ccclclc"])
 @pytest.mark.parametrize("bits", BITS)
 def test_twin_refine(bits: int, pattern: str) -> None:
-    for n, k, g in SHAPES:
+    """The last shape has three spans of columns, and rows of H in more than one part."""
+    for n, k, g in [*SHAPES, (60, 530, 64)]:
         s = scheme(bits, g, bits % 2 == 0, scale=("bf16", "fp16", "fp32")[bits % 3])
         W, H, dead = weights(n, k, bits), hessian(k, bits), rng("dead", k).random(k) < 0.1
         scales, zeros = ops.fit(W, s)

@@ -270,6 +270,19 @@ def test_what_eight_billion_weights_need(tmp_path, effort, most):
     assert max(stages.values()) < most
 
 
+def test_q_and_k_in_turn_take_the_room_of_one_matrix(tmp_path):
+    path = config("LlamaConfig", LLAMA3_8B, tmp_path)
+    q, k, k2 = 4096 * 4096, 1024 * 4096, 4096**2
+
+    def solving(**wishes):
+        sizes = Sizes(outline_job(path, Recipe(length=2048, **wishes), dtype="bfloat16"))
+        group = sizes.job.arch.groups[0]
+        return sizes.solving(group) - sum(sizes.sums(group)) - 4 * k2
+
+    assert solving() == max(2 * k2 + 18 * (q + k), 4 * k2 + 13 * (q + k))
+    assert solving(options={"coupled": False}) == 4 * k + 2 * k2 + 18 * q
+
+
 @pytest.mark.usefixtures("steady")
 def test_wider_is_longer(tmp_path):
     """A forward is per layer; a factor k^3, a row k^2 at most, beyond what is measured."""

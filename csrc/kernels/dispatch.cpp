@@ -144,10 +144,16 @@ bool halves() {
 #endif
 }
 
+// The level that is forced, null where none is.
+const char* forced() {
+  const char* wanted = std::getenv("BITWRIGHT_ISA");
+  return wanted == nullptr || *wanted == '\0' ? nullptr : wanted;
+}
+
 const Table& choose() {
   const std::vector<const Table*> tables = usable();
-  const char* wanted = std::getenv("BITWRIGHT_ISA");
-  if (wanted == nullptr || *wanted == '\0') return *tables.back();
+  const char* wanted = forced();
+  if (wanted == nullptr) return *tables.back();
   std::string known;
   for (const Table* table : tables) {
     if (std::string(table->isa) == wanted) return *table;
@@ -170,8 +176,9 @@ const Table& table_of(std::int64_t rows, int threads) {
     const std::int64_t panels = (rows + nr - 1) / nr;
     return (panels + threads - 1) / threads * nr;
   };
+  static const bool may = halves() && forced() == nullptr;
   const Table& narrow = avx2::kTable;
-  if (halves() && turns(narrow.nr_f32) < turns(table().nr_f32)) return narrow;
+  if (may && turns(narrow.nr_f32) < turns(table().nr_f32)) return narrow;
 #endif
   return table();
 }

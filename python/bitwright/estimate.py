@@ -7,7 +7,7 @@ forward     torch's linear (n, k) in the forward's dtype, on the tokens of a cal
             again. v's inputs mixed, on one window, of a part of its queries
 statistics  `StatsCollector.update` of one input, and of two streams, at the real k up to
             COLUMNS; beyond, H fits no cache anyway and k^2 is left
-solve       the solver on a few rows: what a factor, an H and a row cost; k up to SOLVED as it
+solve       the solver on some rows: what a factor, an H and a row cost; k up to SOLVED as it
             is, beyond a row and an H as k^2, a factor as k^3 (docs/solver.md 2): H of SOLVED
             columns fits no cache either, and what a row costs per column is a twentieth of it;
             q and k in turns of as many rows as there are heads
@@ -186,16 +186,18 @@ class Estimate:
     def _rows(self, block: int, target: Target) -> int:
         """Rows of a matrix; where those of its heads are solved in turn, its share of the rows that
         would keep all threads as long: whole panels, as many on each."""
-        rows, heads = target.shape[0], self.job.heads(block)
-        coupled = heads is not None and solver_options(self.job.recipe).get("coupled")
-        count = {"attn.q": heads.queries, "attn.k": heads.keys} if heads and coupled else {}
-        if ",".join(target.linear.roles) not in count:
+        rows, role = target.shape[0], ",".join(target.linear.roles)
+        if role not in ("attn.q", "attn.k") or not solver_options(self.job.recipe).get("coupled"):
             return rows
+        heads = self.job.heads(block)
+        if heads is None or target.scheme is None:
+            return rows
+        count = {"attn.q": heads.queries, "attn.k": heads.keys}
         group = next(g for g in self.job.arch.groups if target.linear in g.linears)
         turn = sum(
             count.get(",".join(other.linear.roles), 0)
             for other in self.job.wanted(block, group)
-            if other.scheme == target.scheme
+            if other.scheme == target.scheme and (other == target or not target.scheme.of_whole)
         )
         lanes = int(ops.panel_rows(turn)) * self.job.threads
         busy = -(-turn // lanes) * lanes

@@ -200,10 +200,19 @@ class Sizes:
             3 if self.job.compare else 1
         )
 
+    def _in_turn(self, group: Group) -> list[str]:
+        """Linears of a group whose rows are solved in turn."""
+        found = [x.name for x in group.linears if x.roles in (("attn.q",), ("attn.k",))]
+        coupled = solver_options(self.job.recipe).get("coupled") if found else False
+        return found if coupled and self.job.heads(0) is not None else []
+
     def solving(self, group: Group) -> int:
-        """The sums and the most that a step of the solve adds; all but one matrix dense."""
+        """The sums and the most that a step of the solve adds; all but one matrix dense. q and k in
+        turn are one matrix."""
         recipe, options = self.job.recipe, solver_options(self.job.recipe)
-        areas = [math.prod(self.shape(linear.name)) for linear in group.linears]
+        in_turn = self._in_turn(group)
+        areas = [math.prod(self.shape(x.name)) for x in group.linears if x.name not in in_turn]
+        areas += [sum(math.prod(self.shape(name)) for name in in_turn)]
         nk, k2, P = max(areas), self.columns(group) ** 2, self.matrices(group)
         H, others = self.sums(group)
         dense = 4 * (sum(areas) - nk)
@@ -217,7 +226,8 @@ class Sizes:
         left = 0 if drift and len(group.linears) == 1 else others
         target = 2 * k2 + 12 * nk if drift else 0
         refine = 4 * k2 + 10 * nk if options.get("refine", "c") else 0
-        after = max(2 * k2 + (18 if drift else 13) * nk, refine)  # the sweep takes less
+        turns = 4 * k2 + 13 * nk if in_turn else 0
+        after = max(2 * k2 + (18 if drift else 13) * nk, refine, turns)  # the sweep takes less
         return H + dense + nk4 + max(others + R + max(factor, target), left + R + after)
 
     def rounding(self) -> int:

@@ -1,4 +1,4 @@
-"""The parts of a run, each timed for a fraction of a second at a model's shapes.
+"""The parts of a run, each timed at a model's shapes: for a fraction of a second, solves for some.
 
 No weight is read and none is made: a block's own code runs with every linear answered at once, from
 a tensor that lies ready.
@@ -163,8 +163,9 @@ def solving(
     """A solver on random matrices: the factor, and matrices of few and of many rows. before: what
     is done with the matrix first."""
     rng, k, scheme = np.random.default_rng(problem.k), problem.k, problem.scheme
-    few = max(FEW, ROWS * ops.threads())
-    many = max(MANY, 2 * few)
+    step = ROWS * ops.threads()  # as much for each thread
+    few = -(-FEW // step) * step
+    many = max(-(-MANY // step) * step, 2 * few)
     W = rng.standard_normal((many, k), np.float32) * np.float32(0.02)
     H = _hessian(rng, k)
     stored = W.astype(ops.BFLOAT16)

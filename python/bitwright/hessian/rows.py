@@ -116,28 +116,32 @@ def solve_in_turn(
     matrices: Sequence[F32],
     metrics: Sequence[F64],
     H: F64,
-    drift: Drifts | None,
+    drifts: list[Drifts | None],
     p: Factored,
     scheme: Scheme,
     o: Options,
 ) -> list[Part]:
     """Matrices of heads, metrics (heads, d, d) for each; a turn takes a row of every head of them
-    all, since those of one matrix leave most lanes of a panel empty."""
+    all, since those of one matrix leave most lanes of a panel empty. Their drift is taken off
+    `drifts`."""
+    drift = drifts.pop(0)
     if p.R is None:
         return [_unfactored(W, H, scheme, replace(o, whole=W)) for W in matrices]
-    found = [(W, None) if drift is None else target_of(W, drift, p, o.alpha) for W in matrices]
-    quiet, targets = replace(o, errors=False), [target for target, _ in found]
-    q = heads.coupled(
-        np.concatenate(targets),
-        np.concatenate(metrics),
-        lambda rows: _rounded(rows, H, p, scheme, quiet)[0],
-    )
-    parts, begin = [], 0
-    for W, (target, alpha) in zip(matrices, found, strict=True):
-        mine = ops.rows_of(q, slice(begin, begin + len(W)))
-        final = _form(target - ops.decode(mine), H, o)
+    ends = np.cumsum([len(W) for W in matrices]).tolist()
+    places = [slice(end - len(W), end) for W, end in zip(matrices, ends, strict=True)]
+    alphas: list[float | None] = [None] * len(matrices)
+    targets = np.concatenate(matrices)
+    if drift is not None:
+        for i, (W, place) in enumerate(zip(matrices, places, strict=True)):
+            targets[place], alphas[i] = target_of(W, drift, p, o.alpha)
+    drift = None
+    M, quiet = np.concatenate(metrics), replace(o, errors=False)
+    q = heads.coupled(targets, M, lambda rows: _rounded(rows, H, p, scheme, quiet)[0])
+    parts = []
+    for W, alpha, place in zip(matrices, alphas, places, strict=True):
+        mine = ops.rows_of(q, place)
+        final = _form(targets[place] - ops.decode(mine), H, o)
         parts.append(Part(mine, None, final, alpha, *_compared_with(W, H, scheme, o)))
-        begin += len(W)
     return parts
 
 

@@ -21,9 +21,9 @@ with 1/8, the default, .0654 / .0719 with 1/2; int3-g64-asym .221 / .226 without
 1/8, .191 / .203 with 1/4, the default; int2-g64-asym .767 / .803 without, .660 / .717 with 1/4,
 .650 / .694 with 3/8, the default (128 x 512, all of them compared: .580 / .619 and .560 / .580).
 
-Rows of q and k (11). `coupled`: rows of a head are solved in turn under `metric`, what attention
-multiplies them with; 128 x 512 tokens: int4-g64 KL .0501 / .0504 without and .0467 / .0502 with it,
-int3-g64-asym .184 / .181 and .179 / .178.
+Rows of q and k (11). `coupled`: rows of a head are solved in turn under what attention multiplies
+them with (`solve_in_turn`); 128 x 512 tokens: int4-g64 KL .0501 / .0504 without and .0467 / .0502
+with it, int3-g64-asym .184 / .181 and .179 / .178.
 
 Blocks of rows may have an H (and C) each: v's KV heads, under their attention-mixed inputs. How the
 statistics are taken: `attention` n, v's inputs mixed by every n-th query, 0: plain; `compare` n,
@@ -228,11 +228,12 @@ def solve_in_turn(
     o = _options(order, scales, refine, alpha, negative, matrices[0], errors)
     drifts, pull = _drifts(stats, H, o, residual, scheme, last)
     given = list(zip(matrices, metrics, strict=True))
-    parts = []
-    for batch in [[one] for one in given] if scheme.of_whole else [given]:
+    batches, parts = [[one] for one in given] if scheme.of_whole else [given], []
+    for batch in batches:
         group, their = zip(*batch, strict=True)
+        left = drifts if batch is batches[-1] else drifts[:1]
         asked = replace(o, whole=group[0])
-        parts += under.solve_in_turn(group, their, H[0], drifts[0], factors[0], scheme, asked)
+        parts += under.solve_in_turn(group, their, H[0], left, factors[0], scheme, asked)
     reports = [
         _report(W.shape, [part], factors, stats, scheme, pull)
         for W, part in zip(matrices, parts, strict=True)
