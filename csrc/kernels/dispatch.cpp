@@ -170,7 +170,7 @@ const Table& table() {
   return chosen;
 }
 
-const Table& table_of(std::int64_t rows, int threads) {
+const Table& table_of([[maybe_unused]] std::int64_t rows, [[maybe_unused]] int threads) {
 #if defined(__x86_64__)
   const auto turns = [&](int nr) {
     const std::int64_t panels = (rows + nr - 1) / nr;
