@@ -13,6 +13,7 @@ import bitwright
 import tiny_models
 from bitwright.calib import attention
 from bitwright.solvers import gptq
+from bitwright.spec import Stats
 
 
 @pytest.mark.parametrize("inputs", ["plain", "mixed", "unknown"])
@@ -21,17 +22,22 @@ def test_drift_lives_until_its_last_matrix(monkeypatch, tmp_path, name, inputs) 
     model = tiny_models.make(name)
     base = tiny_models.save(model, tmp_path / "base")
     ids = np.random.default_rng(0).integers(3, tiny_models.VOCAB, (4, 16))
-    solve, live = gptq.solve, {}
+    live = {}
 
-    @functools.wraps(solve)  # its options are read from its signature
-    def watched(W, stats, scheme, *, last=False, **options):
-        assert stats.C is not None
-        live[id(stats)] = stats
-        found = solve(W, stats, scheme, last=last, **options)
-        assert (stats.C is None) == last
-        return found
+    def watch(solve):
+        @functools.wraps(solve)  # its options are read from its signature
+        def watched(*given, last=False, **options):
+            stats = next(one for one in given if isinstance(one, Stats))
+            assert stats.C is not None
+            live[id(stats)] = stats
+            found = solve(*given, last=last, **options)
+            assert (stats.C is None) == last
+            return found
 
-    monkeypatch.setattr(gptq, "solve", watched)
+        return watched
+
+    for solve in (gptq.solve, gptq.solve_in_turn):
+        monkeypatch.setattr(gptq, solve.__name__, watch(solve))
     if inputs == "unknown":
         monkeypatch.setattr(attention, "mix", lambda *_: None)
     report = bitwright.quantize(
