@@ -159,13 +159,18 @@ def test_what_the_capture_found_is_told_after_a_resume(tmp_path, monkeypatch, na
 def test_what_is_finished_is_not_solved_again(base, tmp_path, monkeypatch):
     out, solved = tmp_path / "out", []
     gptq = bitwright.registry.get("solvers", "gptq")
-    solve = gptq.solve
+    solve, solve_in_turn = gptq.solve, gptq.solve_in_turn
 
     def counting(W, *args, **keywords):
         solved.append(W.shape)
         return solve(W, *args, **keywords)
 
+    def counting_in_turn(matrices, *args, **keywords):
+        solved.extend(W.shape for W in matrices)
+        return solve_in_turn(matrices, *args, **keywords)
+
     monkeypatch.setattr(gptq, "solve", counting)
+    monkeypatch.setattr(gptq, "solve_in_turn", counting_in_turn)
     with pytest.raises(KeyboardInterrupt):
         quantize(base, out, progress=Stop(6))
     assert 0 < len(solved) < 14
