@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -220,6 +221,7 @@ import json, sys, threading, time
 import numpy as np, torch, transformers
 from pathlib import Path
 import bitwright.hf as hf
+import transformers.models.llama.modeling_llama
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -253,10 +255,12 @@ print(json.dumps({"peak": peak - start, "panels": panels}))
 
 
 def peak_of(folder: Path, how: str) -> dict:
-    """What PEAK prints, in a process of its own."""
+    """What PEAK prints, in a process of its own; of one thread, since each packs a megabyte at a
+    time. What transformers imports for a model is there before."""
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(folder), how], capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", PEAK, str(folder), how],
+        capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1])
 
 
