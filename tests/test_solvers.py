@@ -250,6 +250,17 @@ def test_few_rows_are_solved_as_among_many(scheme: str, options: dict[str, str])
                 assert same(q, ops.rows_of(whole, slice(n)))
 
 
+def test_narrow_panels_leave_a_quarter_of_the_lanes_out() -> None:
+    """Where there are some (Zen 4), a lane of them takes up to 1.4 times as long to refine."""
+    usual = ops.panel_rows(10**6)
+    for count in (1, 2, 5):
+        with threads(count):
+            for n in range(1, 1100):
+                panel = ops.panel_rows(n)
+                lanes, most = (-(-n // width // count) * width for width in (panel, usual))
+                assert panel == usual or (panel < usual and 4 * lanes <= 3 * most), (n, count)
+
+
 @pytest.mark.parametrize("scheme", ["int3-g16-asym", "int4-tensor", "nvfp4"])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_errors_are_worked_out_where_they_are_wanted(

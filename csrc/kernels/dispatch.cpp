@@ -178,7 +178,7 @@ const Table& table_of([[maybe_unused]] std::int64_t rows, [[maybe_unused]] int t
   };
   static const bool may = halves() && forced() == nullptr;
   const Table& narrow = avx2::kTable;
-  if (may && turns(narrow.nr_f32) < turns(table().nr_f32)) return narrow;
+  if (may && 4 * turns(narrow.nr_f32) <= 3 * turns(table().nr_f32)) return narrow;
 #endif
   return table();
 }

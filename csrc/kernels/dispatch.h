@@ -10,8 +10,9 @@ namespace bitwright {
 
 const Table& table();
 // The table for panels of so many rows on so many threads: that of 256 bits in the place of that of
-// 512 where a core takes two cycles for 512 (Zen 4), panels half as wide are done sooner, being
-// few, and no level is forced. Both give the same bits.
+// 512 where a core takes two cycles for 512 (Zen 4), panels half as wide leave a quarter or more of
+// the lanes out (refinement takes up to 1.4 times as long a lane in them), and no level is forced.
+// Both give the same bits.
 const Table& table_of(std::int64_t rows, int threads);
 // Columns of a chain that a tile takes at a time: 128, its right operand in half of L1; 512 where a
 // core takes two cycles for 512 bits (Zen 4), since L2 keeps pace with that and results spare three
